@@ -1,0 +1,115 @@
+"""
+Attacks for training and for quick evaluation. Images are fp32 in [0, 1]; the model normalises them itself.
+
+    with attack_mode(net):
+        x_adv = pgd(lambda x_adv: cross_entropy(net(x_adv), y), x, eps=8/255, step_size=2/255, steps=10)
+
+The objective returns one value per image, (B,), and pgd climbs their sum: images are independent, and the step of one
+does not depend on the size of the batch.
+"""
+from contextlib import contextmanager
+
+import torch
+
+def norms(d):
+    """L2 norm of every image of d (B,C,H,W), as (B,1,1,1)."""
+    return d.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+
+def start(x, *, eps, init, norm):
+    """The first x_adv: 'uniform' in the ball, 'normal' (TRADES: x + 0.001 N(0,1)), or 'zero' (x itself)."""
+    if init == 'normal':                    # at x itself the gradient of KL(f(x), f(x')) and of MSE is exactly zero
+        x_adv = x + 0.001 * torch.randn_like(x)
+    elif init == 'uniform' and norm == 'Linf':
+        x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
+    elif init == 'uniform':                 # in the L2 ball: a direction, and the d-th root of a uniform radius
+        d = torch.randn_like(x)
+        radius = torch.rand(len(x), 1, 1, 1, device=x.device) ** (1 / x[0].numel())
+        x_adv = x + eps * radius * d / norms(d)
+    elif init == 'zero':
+        x_adv = x.clone()
+    else:
+        raise ValueError(f"init is 'uniform', 'normal' or 'zero', not {init!r}")
+    return x_adv.clamp(0, 1)
+
+def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', norm='Linf', restarts=1):
+    """
+    Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb objective(x_adv) -> (B,) within
+    the ball of radius eps around x (B,C,H,W), and within [0, 1]. eps, step_size: in units of [0, 1]. norm: 'Linf' (signed
+    step) or 'L2' (normalised step). Returns the last iterate or, of several restarts, each image's best; fp32, detached.
+    Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps.
+    """
+    if norm not in ('Linf', 'L2'):
+        raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
+    best = None
+    for _ in range(restarts):
+        x_adv = start(x, eps=eps, init=init, norm=norm)
+        for _ in range(steps):
+            x_adv.requires_grad_()
+            with torch.enable_grad():
+                grad, = torch.autograd.grad(objective(x_adv).sum(), x_adv)
+            x_adv = x_adv.detach()
+            if norm == 'Linf':
+                x_adv = x_adv + step_size * grad.sign()
+                x_adv = torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
+            else:
+                d = x_adv + step_size * grad / norms(grad) - x
+                x_adv = (x + d * (eps / norms(d)).clamp_max(1)).clamp(0, 1)
+        if restarts == 1:
+            return x_adv
+        with torch.no_grad():
+            value = objective(x_adv)
+        if best is None:
+            best, best_value = x_adv, value
+        better = value > best_value
+        best = torch.where(better[:, None, None, None], x_adv, best)
+        best_value = torch.maximum(value, best_value)
+    return best
+
+def fgsm(objective, x, *, eps=8/255, norm='Linf'):
+    """Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples": PGD of one full step from x."""
+    return pgd(objective, x, eps=eps, step_size=eps, steps=1, init='zero', norm=norm)
+
+def cw_margin(logits, y):
+    """Carlini & Wagner 2017, the f6 objective without its clip: best wrong logit minus the right one, (B,). > 0: fooled."""
+    right = logits.gather(1, y[:, None])[:, 0]
+    return logits.scatter(1, y[:, None], float('-inf')).amax(1) - right
+
+@contextmanager
+def attack_mode(model, bn='eval'):
+    """
+    For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients in every
+    step), and BN either in 'eval' mode, its running statistics, or in 'train' mode, the statistics of the attacked batch
+    (Madry, Rice, ARD, IAD). The running statistics never move here; in those papers' code they do. All is restored after.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    grads = [(p, p.requires_grad) for p in model.parameters()]
+    norm_layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    statistics = [(b, b.clone()) for m in norm_layers for b in m.buffers()] if bn == 'train' else []
+    model.train(bn == 'train').requires_grad_(False)
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+        for p, requires_grad in grads:
+            p.requires_grad_(requires_grad)
+        for b, value in statistics:
+            b.copy_(value)
+
+def add_args(parser):
+    g = parser.add_argument_group('attack, in pixels (0..255)')
+    g.add_argument('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR)")
+    g.add_argument('--step-size', type=float, help='default: a quarter of eps, the 2 of 8')
+    g.add_argument('--norm', default='Linf', choices=['Linf', 'L2'])
+
+def resolve_args(args, eps):
+    """Fill in the defaults (eps: the dataset's, in pixels) and refuse the two classic slips. Raises ValueError."""
+    if args.eps is None:
+        args.eps = eps if args.norm == 'Linf' else 128.0        # 128/255, the 0.5 of the L2 literature
+    if args.step_size is None:
+        args.step_size = args.eps / 4
+    if 0 < args.eps < 1:                # 0.03, 0.3: a fraction of the range; 0.031: somebody's 8/255
+        hint = '0.031 is 7.9/255, not 8/255' if 0.031 <= args.eps < 0.0315 else f'{args.eps:g} of the range is {args.eps * 255:g}'
+        raise ValueError(f'--eps {args.eps:g}: eps is in pixels, 0 to 255; {hint}; for 8/255 write --eps 8')
+    if not 1 <= args.eps <= 255 or not args.step_size > 0:
+        raise ValueError(f'--eps {args.eps:g} --step-size {args.step_size:g}: pixels, 1 to 255, and a step above 0')

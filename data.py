@@ -1,0 +1,181 @@
+"""
+Datasets as uint8 tensors on the device, and batches of fp32 images in [0, 1] cut from them.
+
+    d = load('cifar10', 'data')                  # DIR/NAME.npz if it is there, whatever the name
+    for x, y in batches(d.x_train, d.y_train, 128, d.augment, generator): ...
+    for x, y in batches(d.x_val, d.y_val, 500): ...          # in order, no augmentation, every image
+
+DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels integer (N,). Anybody's data works this
+way. Without the file: cifar10 and cifar100 are downloaded, digits comes with scikit-learn, synthetic is generated.
+"""
+import os
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from log import atomic
+
+# What a dataset brings with it; explicit flags win. eps in pixels (0..255). A file of another name gets OTHER.
+DATASETS = {
+    'cifar10':   dict(classes=10,   augment=True,  eps=8.0),
+    'cifar100':  dict(classes=100,  augment=True,  eps=8.0),
+    # 1,797 real handwritten digits, 8x8 enlarged to 32x32, strokes on an empty ground: a tenth of the range is a fair eps.
+    # Sized for two cores: a narrow network, few epochs, and small batches, for the sake of the number of steps.
+    'digits':    dict(classes=10,   augment=False, eps=25.5, width=8, batch_size=64, epochs=10, teacher_epochs=8),
+    'synthetic': dict(classes=10,   augment=False, eps=8.0, width=8, batch_size=32, epochs=4, teacher_epochs=4),
+}
+OTHER =          dict(classes=None, augment=True,  eps=8.0)
+SPLIT_SEED = 0              # not --seed: a teacher and its students must leave out the same images
+
+class Dataset(NamedTuple):
+    """Images uint8 (N,H,W,3), labels int64 (N,), on one device. val: training images held out for model selection."""
+    name: str
+    classes: int
+    augment: bool
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_val: torch.Tensor
+    y_val: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+
+    def statistics(self):
+        """mean, std: three floats each, of the training images in [0, 1]."""
+        x = self.x_train.reshape(-1, 3).double() / 255
+        return x.mean(0).tolist(), x.std(0).tolist()
+
+# -----------------------------------------------------------------------------
+# sources: each returns x_train, y_train, x_test, y_test as numpy arrays
+
+def from_npz(path, classes):
+    """Any file of the four arrays, checked. Raises ValueError with what is wrong and where."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            missing = [k for k in ('x_train', 'y_train', 'x_test', 'y_test') if k not in z]
+            if missing:
+                raise ValueError(f'{path} has no array {" ".join(missing)}: it needs x_train y_train x_test y_test')
+            arrays = [z[k] for k in ('x_train', 'y_train', 'x_test', 'y_test')]
+    except ValueError:
+        raise
+    except Exception as e:                  # zipfile, zlib and numpy each have their own for a damaged file
+        raise ValueError(f'{path} is not an npz file, or is truncated ({type(e).__name__})') from e
+    for split, x, y in (('train', *arrays[:2]), ('test', *arrays[2:])):
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
+            raise ValueError(f'{path}: x_{split} is {x.dtype} {x.shape}; images are uint8 (N, H, W, 3), 0 to 255')
+        if y.dtype.kind not in 'iu' or y.shape != x.shape[:1]:
+            raise ValueError(f'{path}: y_{split} is {y.dtype} {y.shape}; labels are integers, one per image, here ({len(x)},)')
+        if len(y) < 2:
+            raise ValueError(f'{path}: x_{split} holds {len(y)} images')
+        classes = classes or int(y.max()) + 1           # of the training labels, where nothing else says
+        if y.min() < 0 or y.max() >= classes:
+            raise ValueError(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, outside the classes 0 to {classes - 1}')
+    if arrays[0].shape[1:] != arrays[2].shape[1:]:
+        raise ValueError(f'{path}: training images are {arrays[0].shape[1:]}, test images {arrays[2].shape[1:]}')
+    return arrays
+
+def from_torchvision(name, folder):
+    """Download, then keep as folder/name.npz."""
+    import torchvision
+    cls = {'cifar10': torchvision.datasets.CIFAR10, 'cifar100': torchvision.datasets.CIFAR100}[name]
+    path = os.path.join(folder, f'{name}.npz')
+    try:
+        train, test = cls(folder, train=True, download=True), cls(folder, train=False)
+    except Exception as e:                  # no route, no such host, a proxy's page, a broken archive
+        raise ValueError(f'{name} could not be downloaded ({type(e).__name__}: {e}). Put {path} there yourself (x_train y_train '
+                         'x_test y_test, uint8 images NHWC), or use --dataset digits, which needs no download') from e
+    arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
+    with atomic(path) as tmp, open(tmp, 'wb') as f:
+        np.savez(f, **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays)))
+    return arrays
+
+def digits():
+    """UCI's handwritten digits, 8x8 in 17 grey levels, each pixel repeated to 4x4. Every fourth image is a test image."""
+    from sklearn.datasets import load_digits
+    images, y = load_digits(return_X_y=True)
+    x = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8).repeat(4, 1).repeat(4, 2)
+    x, test = np.stack([x] * 3, 3), np.arange(len(x)) % 4 == 3
+    return x[~test], y[~test], x[test], y[test]
+
+def synthetic():
+    """Ten smooth random patterns, shifted and noisy: 1,280 training and 512 test images that a small network learns at once."""
+    g = torch.Generator().manual_seed(0)
+    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=g), size=(32, 32), mode='bilinear')
+    y = torch.arange(1792) % 10
+    x = 127 + 50 * patterns[y] + 25 * torch.randn(1792, 3, 32, 32, generator=g)
+    x = x.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return x[:1280], y[:1280].numpy(), x[1280:], y[1280:].numpy()
+
+# -----------------------------------------------------------------------------
+
+def add_args(parser):
+    g = parser.add_argument_group('data')
+    g.add_argument('--dataset', default='cifar10', help=f'{" ".join(DATASETS)}, or the NAME of DIR/NAME.npz')
+    g.add_argument('--data-dir', default='data', metavar='DIR')
+    g.add_argument('--subset', type=int, metavar='N', help='train on the first N training images only')
+
+def task(args):
+    """dataset-model-width-subset: the part of a run's name that a teacher and its students share."""
+    return '-'.join(filter(None, [args.dataset, args.model, args.width and f'w{args.width}', args.subset and f'n{args.subset}']))
+
+def row(name, folder='data'):
+    """The defaults a dataset brings with it. Raises ValueError for a name that is neither known nor a file."""
+    if name not in DATASETS and not os.path.exists(os.path.join(folder, f'{name}.npz')):
+        raise ValueError(f'unknown dataset {name!r}: neither one of {" ".join(DATASETS)} nor a file {os.path.join(folder, name)}.npz')
+    return DATASETS.get(name, OTHER)
+
+def load(name, folder='data', *, subset=None, device='cpu'):
+    """
+    -> Dataset. 1,000 training images, or a tenth where there are fewer than 10,000, become val: drawn with a fixed seed,
+    before the subset is cut, so that no --subset and no --seed puts them back into training. Raises ValueError.
+    """
+    defaults, path = row(name, folder), os.path.join(folder, f'{name}.npz')
+    if os.path.exists(path):
+        arrays = from_npz(path, defaults['classes'])
+    elif name in ('digits', 'synthetic'):
+        arrays = globals()[name]()
+    else:
+        arrays = from_torchvision(name, folder)
+    x_train, y_train, x_test, y_test = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays]
+    y_train, y_test = y_train.long(), y_test.long()
+    order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(SPLIT_SEED)).to(device)
+    held_out = min(1000, max(1, len(order) // 10))
+    val, train = order[:held_out], order[held_out:].sort().values
+    if subset is not None:
+        if not 1 <= subset <= len(train):
+            raise ValueError(f'--subset {subset}: {name} has {len(train)} training images beside the {held_out} held out')
+        train = train[:subset]
+    classes = defaults['classes'] or int(y_train.max()) + 1
+    return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train], x_train[val], y_train[val], x_test, y_test)
+
+def to_float(x):
+    """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in channels_last memory: the transpose is free."""
+    return x.permute(0, 3, 1, 2).float() / 255
+
+def crop_flip(x, generator, padding=4):
+    """
+    Random crop out of a frame of zeros, then a flip of every other image, as torchvision's RandomCrop(padding=4) and
+    RandomHorizontalFlip: one gather for the whole batch, on its device. uint8 (B,H,W,3) -> the same.
+    """
+    B, H, W, _ = x.shape
+    draw = lambda high: torch.randint(high, (B, 1), generator=generator, device=x.device)
+    padded = F.pad(x, (0, 0, padding, padding, padding, padding))
+    rows = torch.arange(H, device=x.device) + draw(2 * padding + 1)
+    columns = torch.arange(W, device=x.device)
+    columns = torch.where(draw(2) == 1, columns.flip(0), columns) + draw(2 * padding + 1)
+    return padded[torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+def batches(x, y, batch_size, augment=False, generator=None):
+    """
+    Yield x fp32 (B,3,H,W) in [0, 1] and y (B,). With a generator (on x's device): one epoch in random order, whole batches
+    only, so that every step has one shape. Without: in order, to the last image.
+    """
+    if generator is None:
+        for i in range(0, len(y), batch_size):
+            yield to_float(x[i:i + batch_size]), y[i:i + batch_size]
+        return
+    batch_size = min(batch_size, len(y))
+    order = torch.randperm(len(y), generator=generator, device=x.device)
+    for index in order[:len(y) // batch_size * batch_size].split(batch_size):
+        yield to_float(crop_flip(x[index], generator) if augment else x[index]), y[index]

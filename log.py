@@ -1,0 +1,59 @@
+"""
+What a run leaves behind: a folder, a table on the screen, the same figures as JSON lines, files that are whole or absent.
+"""
+import contextlib, json, math, os, platform, secrets
+
+import torch
+
+@contextlib.contextmanager
+def atomic(path):
+    """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any error, still the old one."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    tmp = os.path.join(folder, f'.{os.path.basename(path)}.{secrets.token_hex(4)}.tmp')
+    try:
+        yield tmp
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())            # on disk before the name points at it
+        os.replace(tmp, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(tmp)
+
+def new_run(folder):
+    """Make folder, prove that it can be written, refuse one that holds a model. Raises ValueError."""
+    if os.path.exists(f'{folder}/last.pt'):
+        raise ValueError(f'{folder} holds a trained model already: choose another --out, or delete it')
+    try:
+        with atomic(f'{folder}/log.jsonl') as tmp:
+            open(tmp, 'w').close()
+    except OSError as e:
+        raise ValueError(f'cannot write {folder}: {e.strerror}') from e
+
+def environment(device):
+    """Versions and hardware: what a number depends on and a command line does not say."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
+    return dict(device=name, torch=str(torch.__version__), python=platform.python_version())
+
+class Table:
+    """One row per epoch on the screen and in folder/log.jsonl, under the configuration. columns: name -> format."""
+    def __init__(self, folder, config, **columns):
+        self.path, self.columns = f'{folder}/log.jsonl', columns
+        print(json.dumps(config))
+        print(' '.join(name.rjust(9) for name in columns), flush=True)
+        self._append(config)
+
+    def row(self, **values):
+        print(' '.join(format(values[name], spec).rjust(9) for name, spec in self.columns.items()), flush=True)
+        self._append(values)
+
+    def _append(self, values):
+        with open(self.path, 'a') as f:
+            f.write(json.dumps(values) + '\n')
+
+def check_finite(losses, val_loss, epoch):
+    """losses: one per batch of the epoch. Raises FloatingPointError that names epoch and batch."""
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad) or not math.isfinite(val_loss):         # a last update that broke the weights shows in val_loss only
+        batch = int(bad[0]) + 1 if len(bad) else len(losses)
+        raise FloatingPointError(f'non-finite loss in epoch {epoch}, batch {batch}')

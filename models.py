@@ -1,0 +1,298 @@
+"""
+Networks for small images, and the checkpoints that hold them. Images in [0, 1] in, logits out.
+
+    net = build('resnet18', num_classes=10)                      # 32x32 stem; also resnet34 resnet50 preactresnet18
+    net = build('wrn-34-10', num_classes=100)                    # wrn-DEPTH-WIDEN, mobilenetv2
+    net = build('resnet18', 10, width=16)                        # a quarter of the channels, for a CPU
+    net, meta = load_checkpoint('runs/x/best.pt')                # ours: the file says what to build
+    net, meta = load_checkpoint('foreign.pt', 'resnet18', 10)    # TRADES, RSLAD, HAT, AutoAttack: a bare state dict
+
+State-dict keys are those of the pytorch-cifar family (conv1 bn1 layer1.0.conv1 ... shortcut linear) and, for wrn,
+of the TRADES code (block1.layer.0 ... fc), so the released checkpoints load unchanged.
+"""
+import hashlib, re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from log import atomic
+
+# -----------------------------------------------------------------------------
+# blocks
+
+def conv(in_planes, planes, size, stride=1, groups=1):
+    return nn.Conv2d(in_planes, planes, size, stride, padding=size // 2, groups=groups, bias=False)
+
+def projection(in_planes, planes, stride):
+    """Identity where shapes agree, else 1x1 convolution and BN."""
+    if stride == 1 and in_planes == planes:
+        return nn.Sequential()
+    return nn.Sequential(conv(in_planes, planes, 1, stride), nn.BatchNorm2d(planes))
+
+class BasicBlock(nn.Module):
+    expansion = 1
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(in_planes, planes, 3, stride), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
+        self.shortcut = projection(in_planes, planes, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+
+class Bottleneck(nn.Module):
+    expansion = 4
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.conv1, self.bn1 = conv(in_planes, planes, 1), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3, stride), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
+        self.shortcut = projection(in_planes, 4 * planes, stride)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+class PreActBlock(nn.Module):
+    expansion = 1
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_planes), conv(in_planes, planes, 3, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv(planes, planes, 3)
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(conv(in_planes, planes, 1, stride))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out) if hasattr(self, 'shortcut') else x
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+class WideBlock(nn.Module):
+    def __init__(self, in_planes, planes, stride):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_planes), conv(in_planes, planes, 3, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv(planes, planes, 3)
+        self.convShortcut = conv(in_planes, planes, 1, stride) if in_planes != planes else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = self.convShortcut(out) if self.convShortcut else x
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+
+class InvertedResidual(nn.Module):
+    def __init__(self, in_planes, planes, expansion, stride):
+        super().__init__()
+        hidden = expansion * in_planes
+        self.conv1, self.bn1 = conv(in_planes, hidden, 1), nn.BatchNorm2d(hidden)
+        self.conv2, self.bn2 = conv(hidden, hidden, 3, stride, groups=hidden), nn.BatchNorm2d(hidden)
+        self.conv3, self.bn3 = conv(hidden, planes, 1), nn.BatchNorm2d(planes)
+        self.shortcut = projection(in_planes, planes, stride) if stride == 1 else None
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return out + self.shortcut(x) if self.shortcut is not None else out
+
+# -----------------------------------------------------------------------------
+# networks. self.normalize is the first layer, and the identity unless the data's mean and std are given
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel. Buffers, so .to(device) moves them; not in the state dict, so foreign ones load."""
+    def __init__(self, mean, std):
+        super().__init__()
+        for name, value in (('mean', mean), ('std', std)):
+            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+class ResNet(nn.Module):
+    """He et al. 2016, stem for 32x32: 3x3, stride 1, no pooling (the ImageNet stem costs 10 points here)."""
+    def __init__(self, block, depths, num_classes, width=64, normalize=None):
+        super().__init__()
+        self.normalize = normalize or nn.Identity()
+        self.conv1, self.bn1 = conv(3, width, 3), nn.BatchNorm2d(width)
+        planes = width
+        for i, depth in enumerate(depths):
+            blocks = []
+            for j in range(depth):
+                blocks.append(block(planes, width * 2 ** i, stride=2 if i > 0 and j == 0 else 1))
+                planes = width * 2 ** i * block.expansion
+            setattr(self, f'layer{i + 1}', nn.Sequential(*blocks))
+        self.linear = nn.Linear(planes, num_classes)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.linear(out.mean((2, 3)))
+
+class PreActResNet(ResNet):
+    """He et al. 2016b with the final BN of Rice et al. 2020 and HAT."""
+    def __init__(self, block, depths, num_classes, width=64, normalize=None):
+        super().__init__(block, depths, num_classes, width, normalize)
+        del self.bn1
+        self.bn = nn.BatchNorm2d(self.linear.in_features)
+
+    def forward(self, x):
+        out = self.conv1(self.normalize(x))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.linear(F.relu(self.bn(out)).mean((2, 3)))
+
+class WideResNet(nn.Module):
+    """Zagoruyko & Komodakis 2016, keys and initialisation of the TRADES code. width: channels of the stem."""
+    def __init__(self, depth, widen, num_classes, width=16, normalize=None):
+        super().__init__()
+        self.normalize = normalize or nn.Identity()
+        self.conv1 = conv(3, width, 3)
+        planes = width
+        for i in range(3):
+            out, blocks = width * widen * 2 ** i, []
+            for j in range((depth - 4) // 6):
+                blocks.append(WideBlock(planes, out, stride=2 if i > 0 and j == 0 else 1))
+                planes = out
+            setattr(self, f'block{i + 1}', nn.Sequential())
+            getattr(self, f'block{i + 1}').layer = nn.Sequential(*blocks)
+        self.bn1, self.fc = nn.BatchNorm2d(planes), nn.Linear(planes, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        out = self.block3(self.block2(self.block1(self.conv1(self.normalize(x)))))
+        return self.fc(F.relu(self.bn1(out)).mean((2, 3)))
+
+class MobileNetV2(nn.Module):
+    """Sandler et al. 2018, strides for 32x32. width: channels of the stem, 32 in the paper; the rest scales with it."""
+    def __init__(self, num_classes, width=32, normalize=None):
+        super().__init__()
+        scale = lambda channels: max(1, channels * width // 32)
+        self.normalize = normalize or nn.Identity()
+        self.conv1, self.bn1 = conv(3, width, 3), nn.BatchNorm2d(width)
+        planes, blocks = width, []
+        for expansion, out, depth, stride in [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2),
+                                              (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]:
+            for j in range(depth):
+                blocks.append(InvertedResidual(planes, scale(out), expansion, stride if j == 0 else 1))
+                planes = scale(out)
+        self.layers = nn.Sequential(*blocks)
+        self.conv2, self.bn2 = conv(planes, scale(1280), 1), nn.BatchNorm2d(scale(1280))
+        self.linear = nn.Linear(scale(1280), num_classes)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        out = F.relu(self.bn2(self.conv2(self.layers(out))))
+        return self.linear(out.mean((2, 3)))
+
+NAMES = 'resnet18 resnet34 resnet50 preactresnet18 wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2'
+
+def build(name, num_classes, *, width=None, mean=None, std=None):
+    """
+    name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: three floats each, in units of
+    [0, 1]; None for no normalisation. Raises ValueError for an unknown name.
+    """
+    if width is not None and width < 1:
+        raise ValueError(f'width {width}: the first layer needs at least one channel')
+    net = _network(name, num_classes, Normalize(mean, std) if mean else None, {'width': width} if width else {})
+    net.config = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std)     # what a checkpoint stores
+    return net
+
+def _network(name, num_classes, normalize, size):
+    depths = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3), 'resnet50': (3, 4, 6, 3), 'preactresnet18': (2, 2, 2, 2)}
+    if name in depths:
+        net = PreActResNet if name == 'preactresnet18' else ResNet
+        block = {'resnet50': Bottleneck, 'preactresnet18': PreActBlock}.get(name, BasicBlock)
+        return net(block, depths[name], num_classes, normalize=normalize, **size)
+    if wrn := re.fullmatch(r'wrn-(\d+)-(\d+)', name):
+        depth, widen = map(int, wrn.groups())
+        if depth >= 10 and depth % 6 == 4 and widen > 0:
+            return WideResNet(depth, widen, num_classes, normalize=normalize, **size)
+        raise ValueError(f'{name}: a wide ResNet has a depth of 6n+4 (28, 34, 70) and a widening factor of at least 1')
+    if name == 'mobilenetv2':
+        return MobileNetV2(num_classes, normalize=normalize, **size)
+    raise ValueError(f'unknown model {name!r}; known: {NAMES}')
+
+def add_args(parser):
+    g = parser.add_argument_group('model')
+    g.add_argument('--model', default='resnet18', help=NAMES)
+    g.add_argument('--width', type=int, help="channels of the first layer (default: the paper's, 64 for a ResNet)")
+    g.add_argument('--normalize', action='store_true', help='standardise the images with the statistics of the data')
+
+# -----------------------------------------------------------------------------
+# precision
+
+def amp_dtype(amp, device):
+    """
+    'auto', 'bf16', 'fp16' or 'off' -> torch dtype of the autocast, None for fp32. auto is bf16 where the hardware
+    computes in it, fp16 on older GPUs, off on older CPUs, where emulated bf16 is slower than fp32.
+    """
+    cuda = device.type == 'cuda'
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else
+              torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if amp == 'auto':
+        amp = 'bf16' if native else 'fp16' if cuda else 'off'
+    if amp == 'fp16' and not cuda:
+        raise ValueError('--amp fp16 needs a GPU; use bf16 or off')
+    return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+def fingerprint(net):
+    """sha256 of the weights, the first 16 hex digits. The same weights have the same fingerprint in any file."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+def save_checkpoint(path, net, **meta):
+    """The plain module's weights, what build() needs to make it again, and whatever the caller adds. Atomic. Raises OSError."""
+    with atomic(path) as tmp:
+        try:
+            torch.save({'state_dict': net.state_dict(), 'config': net.config, **meta}, tmp)
+        except RuntimeError as e:           # torch.save's word for a full disk
+            raise OSError(str(e)) from e
+
+def load_checkpoint(path, name=None, num_classes=None, **options):
+    """
+    -> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state dict, bare or under
+    one of the usual keys, and needs build()'s arguments; its meta is {}. Always strict. Raises ValueError, one line.
+    """
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(64).lstrip().lower()
+        if head.startswith(b'<'):
+            raise ValueError(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
+        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError as e:
+        raise ValueError(f'cannot read {path}: {e.strerror}') from e
+    except ValueError:
+        raise
+    except Exception as e:          # zip, pickle, EOF: whatever a truncated or foreign file provokes in torch.load
+        raise ValueError(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
+    if not isinstance(ckpt, dict):
+        raise ValueError(f'{path} holds a {type(ckpt).__name__}, not a state dict')
+    config = ckpt.get('config')
+    weights = next((ckpt[k] for k in ('state_dict', 'model_state_dict', 'model', 'net') if isinstance(ckpt.get(k), dict)), ckpt)
+    weights = {re.sub(r'^((module|_orig_mod)\.)+', '', str(k)): v for k, v in weights.items()
+               if 'sub_block1.' not in str(k)}        # the TRADES code builds this block and never calls it
+    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise ValueError(f'{path} is a PyTorch file but no state dict')
+    if config is None:
+        if name is None:
+            raise ValueError(f'{path} holds weights only: name their architecture with --model (and --width)')
+        config = dict(name=name, num_classes=num_classes, **options)
+    net = build(**config)
+    expected = net.state_dict()
+    wrong = [f'no {k}' for k in expected if k not in weights] + [f'unknown {k}' for k in weights if k not in expected]
+    wrong += [f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}' for k, v in expected.items()
+              if k in weights and weights[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: {len(wrong)} entries '
+                         f'differ, the first: {wrong[0]}')
+    net.load_state_dict(weights)
+    return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if 'config' in ckpt else {}
