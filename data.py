@@ -150,8 +150,9 @@ def load(name, folder='data', *, subset=None, device='cpu'):
     return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train], x_train[val], y_train[val], x_test, y_test)
 
 def to_float(x):
-    """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in channels_last memory: the transpose is free."""
-    return x.permute(0, 3, 1, 2).float() / 255
+    """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last, and the transpose is free."""
+    x = x.permute(0, 3, 1, 2).float() / 255
+    return x if x.is_cuda else x.contiguous()
 
 def crop_flip(x, generator, padding=4):
     """

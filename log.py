@@ -47,6 +47,19 @@ class Table:
         print(' '.join(format(values[name], spec).rjust(9) for name, spec in self.columns.items()), flush=True)
         self._append(values)
 
+    def curves(self, *names):
+        """folder/curves.png: these columns against the epoch, distinguishable in grey."""
+        from matplotlib.figure import Figure        # no pyplot: no window, no backend, no global state
+        rows = [json.loads(line) for line in open(self.path)][1:]
+        figure = Figure(figsize=(6, 3.5), layout='constrained')
+        axes = figure.subplots()
+        for name, style in zip(names, ('o-', 's--', '^:')):
+            axes.plot([r['epoch'] for r in rows], [r[name] for r in rows], style, color='black', markersize=3, label=name)
+        axes.set(xlabel='epoch', ylabel='accuracy on the hold-out, %', ylim=(0, 100))
+        axes.legend()
+        with atomic(os.path.join(os.path.dirname(self.path), 'curves.png')) as tmp:
+            figure.savefig(tmp, format='png', dpi=150)
+
     def _append(self, values):
         with open(self.path, 'a') as f:
             f.write(json.dumps(values) + '\n')

@@ -43,7 +43,8 @@ def climb_kl(logits_adv, logits):       return kl(logits_adv, logits)
 def climb_mse(logits_adv, logits):      return mse(logits_adv, logits)
 
 # -----------------------------------------------------------------------------
-# losses. First line of a docstring: authors, title; second: the formula (z logits, p softmax, ' adversarial, g teacher)
+# losses. First line of a docstring: authors, title; second: the formula: z logits, p softmax, ' on x',
+# v and g the teacher's logits and softmax on x
 
 def standard(logits, y):
     """Training without an adversary.
@@ -80,7 +81,7 @@ def softmax_kl(logits, logits_adv, t_logits, *, beta=0.2, reverse=False):
 
 def logit_mse(logits, logits_adv, t_logits, *, beta=0.2):
     """Al-Najjar et al., "Adversarial Training without Hard Labels", eq. 5. No label anywhere.
-    beta [MSE(z, z_g) + MSE(z', z_g)] + MSE(z, z')"""
+    beta [MSE(z, v) + MSE(z', v)] + MSE(z, z')"""
     return beta * (mse(logits, t_logits) + mse(logits_adv, t_logits)) + mse(logits, logits_adv)
 
 # -----------------------------------------------------------------------------

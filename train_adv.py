@@ -100,11 +100,11 @@ try:
             raise ValueError(f'{args.teacher} knows {teacher.config["num_classes"]} classes, {args.dataset} has {d.classes}')
         if meta.get('dataset', args.dataset) != args.dataset:
             raise ValueError(f'{args.teacher} was trained on {meta["dataset"]}, not on {args.dataset}')
-        teacher = teacher.to(device, memory_format=torch.channels_last).requires_grad_(False)
+        teacher = teacher.to(device, memory_format=models.layout(device)).requires_grad_(False)
         teacher_meta = dict(path=args.teacher, fingerprint=fingerprint(teacher))
 except ValueError as e:
     parser.error(e)
-student = student.to(device, memory_format=torch.channels_last)
+student = student.to(device, memory_format=models.layout(device))
 
 # speed: deletable, the rest does not know
 net = student
@@ -116,8 +116,8 @@ if args.compile:
 steps_per_epoch = max(1, len(d.y_train) // args.batch_size)
 optimizer = torch.optim.SGD(student.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
 # the paper states momentum 0.9: not cycled. 25 % of warm-up as in HAT's code, whose settings the paper's resemble
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps_per_epoch,
-                                                pct_start=0.25, cycle_momentum=False)
+total_steps = max(5, args.epochs * steps_per_epoch)              # of four or fewer, OneCycleLR divides by zero
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total_steps, pct_start=0.25, cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 generator = torch.Generator(device).manual_seed(args.seed)      # data order and augmentation: the same for every loss
 
@@ -209,6 +209,7 @@ try:
             best = robust
             save_checkpoint(f'{args.out}/best.pt', student, selected_by=f'PGD-20 on {len(d.y_val)} held-out training images', **meta)
         save_checkpoint(f'{args.out}/last.pt', student, selected_by='last epoch', **meta)
+    table.curves('val_clean', 'val_pgd20')
 except OSError as e:
     sys.exit(f'cannot write {args.out}: {e.strerror or e}. Stopped in epoch {epoch}; what was saved before is intact')
 except FloatingPointError as e:

@@ -58,7 +58,7 @@ try:
     new_run(args.out)
 except ValueError as e:
     parser.error(e)
-model = model.to(device, memory_format=torch.channels_last)
+model = model.to(device, memory_format=models.layout(device))
 
 # speed: deletable, the rest does not know
 net = torch.compile(model) if args.compile else model
@@ -67,8 +67,8 @@ net = torch.compile(model) if args.compile else model
 # optimiser and schedule
 steps_per_epoch = max(1, len(d.y_train) // args.batch_size)
 optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.epochs * steps_per_epoch,
-                                                pct_start=0.25, cycle_momentum=False)
+total_steps = max(5, args.epochs * steps_per_epoch)              # of four or fewer, OneCycleLR divides by zero
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total_steps, pct_start=0.25, cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 generator = torch.Generator(device).manual_seed(args.seed)
 
@@ -119,6 +119,7 @@ try:
             best = clean
             save_checkpoint(f'{args.out}/best.pt', model, selected_by=f'clean accuracy on {len(d.y_val)} held-out training images', **meta)
         save_checkpoint(f'{args.out}/last.pt', model, selected_by='last epoch', **meta)
+    table.curves('val_clean')
 except OSError as e:
     sys.exit(f'cannot write {args.out}: {e.strerror or e}. Stopped in epoch {epoch}; what was saved before is intact')
 except FloatingPointError as e:

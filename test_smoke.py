@@ -1,0 +1,386 @@
+"""
+What this repository claims, checked in under 90 seconds on two cores: python test_smoke.py (or pytest).
+Slower and rarer claims: pytest tests
+"""
+import inspect, json, math, os, pathlib, re, runpy, shlex, subprocess, sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attacks, data, losses, models
+from losses import METHODS, hparams, needs
+
+HERE = pathlib.Path(__file__).parent
+README = (HERE / 'README.md').read_text()
+TINY = '--dataset synthetic --width 4 --subset 64'.split()
+
+# -----------------------------------------------------------------------------
+# losses
+
+def inputs(B=7, K=10, scale=3.0, dtype=torch.float64, seed=0):
+    """One tensor for every name a loss may ask for."""
+    g = torch.Generator().manual_seed(seed)
+    names = {name for m in METHODS.values() for name in needs(m.loss) + needs(m.inner)} - {'y'}
+    out = {name: (scale * torch.randn(B, K, generator=g, dtype=torch.float64)).to(dtype) for name in sorted(names)}
+    return dict(out, y=torch.randint(K, (B,), generator=g))
+
+def call(fn, tensors, **hp):
+    return fn(**{name: tensors[name] for name in needs(fn)}, **hp)
+
+# Written from the papers, over probabilities and one class at a time; nothing is shared with losses.py.
+def softmax(z):
+    e = [math.exp(v - max(z)) for v in z]
+    return [v / sum(e) for v in e]
+
+def KL(p, q):
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))
+
+def MSE(a, b):
+    return sum((u - v) ** 2 for u, v in zip(a, b)) / len(a)
+
+FORMULAS = {
+    'standard':   lambda i: -math.log(i['p'][i['y']]),
+    'pgd_at':     lambda i: -math.log(i['p_adv'][i['y']]),
+    'trades':     lambda i: -math.log(i['p'][i['y']]) + 6 * KL(i['p'], i['p_adv']),
+    'hat':        lambda i: -math.log(i['p'][i['y']]) + 2.5 * KL(i['p'], i['p_adv']) - 0.5 * math.log(i['p_helper'][int(np.argmax(i['t_adv']))]),
+    'softmax_kl': lambda i: 0.2 * (KL(i['t'], i['p']) + KL(i['t'], i['p_adv'])) + KL(i['p'], i['p_adv']),
+    'logit_mse':  lambda i: 0.2 * (MSE(i['z'], i['v']) + MSE(i['z_adv'], i['v'])) + MSE(i['z'], i['z_adv']),
+}
+
+@pytest.mark.parametrize('name', METHODS)
+def test_loss_equals_its_formula_in_float64(name):
+    tensors = inputs()
+    got = call(METHODS[name].loss, tensors)
+    for b in range(len(got)):
+        row = {k: v[b].tolist() for k, v in tensors.items()}
+        i = dict(y=row['y'], z=row['logits'], z_adv=row['logits_adv'], v=row['t_logits'], p=softmax(row['logits']),
+                 p_adv=softmax(row['logits_adv']), p_helper=softmax(row['logits_helper']), t=softmax(row['t_logits']),
+                 t_adv=softmax(row['t_logits_adv']))
+        assert got[b].item() == pytest.approx(FORMULAS[name](i), rel=1e-10)
+
+@pytest.mark.parametrize('name', METHODS)
+def test_loss_contract(name):
+    loss, inner = METHODS[name].loss, METHODS[name].inner
+    tensors = inputs(dtype=torch.float32, scale=60.0)           # confident: softmax underflows in float32
+    for k, v in tensors.items():
+        if k != 'y':
+            v.requires_grad_(not k.startswith('t_'))
+    for fn in filter(None, (loss, inner)):
+        value = call(fn, tensors)
+        assert value.shape == (7,) and value.dtype == torch.float32 and value.isfinite().all()
+        target = tensors['logits_adv'] if 'logits_adv' in needs(fn) else tensors['logits']
+        grad, = torch.autograd.grad(value.sum(), target)
+        assert grad.isfinite().all() and grad.abs().sum() > 0
+        order = torch.randperm(7)
+        assert torch.equal(call(fn, {k: v[order] for k, v in tensors.items()}), value[order])
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in inspect.signature(loss).parameters.values())
+
+def test_hard_label_free_methods_name_no_label():
+    for name in ('softmax_kl', 'logit_mse'):
+        assert 'y' not in needs(METHODS[name].loss) + needs(METHODS[name].inner)
+
+def test_kl_direction_by_hand():
+    p, q = torch.tensor([[.5, .5]]).log(), torch.tensor([[.9, .1]]).log()
+    assert losses.kl(q, p).item() == pytest.approx(.5 * math.log(.5 / .9) + .5 * math.log(.5 / .1))     # KL(p || q), q first
+
+def test_softmax_kl_reverse_swaps_the_teacher_terms_only():
+    i, kl = inputs(), losses.kl
+    expected = 0.2 * (kl(i['t_logits'], i['logits']) + kl(i['t_logits'], i['logits_adv'])) + kl(i['logits_adv'], i['logits'])
+    assert torch.allclose(call(losses.softmax_kl, i, reverse=True), expected)
+
+def test_clean_branch_of_trades_is_not_detached():
+    z, z_adv = torch.randn(3, 10, requires_grad=True), torch.randn(3, 10)
+    y = torch.zeros(3, dtype=torch.long)
+    with_kl, = torch.autograd.grad(losses.trades(z, z_adv, y).sum(), z)
+    without, = torch.autograd.grad(losses.trades(z, z_adv, y, beta=0.0).sum(), z)
+    assert (with_kl - without).abs().max() > 1e-3
+
+# -----------------------------------------------------------------------------
+# attacks
+
+@pytest.fixture(scope='module')
+def net():
+    torch.manual_seed(0)
+    net = models.build('resnet18', 10, width=4)
+    net(torch.rand(64, 3, 32, 32))          # BN statistics of something
+    return net
+
+X = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(6)
+
+@pytest.mark.parametrize('norm, eps', [('Linf', 8 / 255), ('L2', 0.5)])
+@pytest.mark.parametrize('init', ['uniform', 'normal', 'zero'])
+def test_pgd_stays_in_the_ball_and_raises_its_objective(net, norm, eps, init):
+    objective = lambda x: F.cross_entropy(net(x), Y, reduction='none')
+    with attacks.attack_mode(net):
+        x_adv = attacks.pgd(objective, X, eps=eps, step_size=eps / 4, steps=10, init=init, norm=norm)
+        with torch.no_grad():
+            assert (objective(x_adv) > objective(X)).all()
+    size = (x_adv - X).flatten(1).abs().amax(1) if norm == 'Linf' else (x_adv - X).flatten(1).norm(dim=1)
+    assert (size <= eps * (1 + 1e-5)).all() and (size > eps / 2).all()
+    assert x_adv.min() >= 0 and x_adv.max() <= 1 and x_adv.dtype == torch.float32 and not x_adv.requires_grad
+
+def test_restarts_keep_the_best_of_every_image(net):
+    objective = lambda x: F.cross_entropy(net(x), Y, reduction='none')
+    settings = dict(eps=8 / 255, step_size=8 / 255, steps=1)
+    with attacks.attack_mode(net), torch.no_grad():
+        torch.manual_seed(3)
+        singles = torch.stack([objective(attacks.pgd(objective, X, **settings)) for _ in range(4)])
+        torch.manual_seed(3)
+        best = objective(attacks.pgd(objective, X, restarts=4, **settings))
+    assert torch.allclose(best, singles.amax(0)) and (best > singles[-1]).any()
+
+def test_fgsm_is_one_signed_step(net):
+    objective = lambda x: F.cross_entropy(net(x), Y, reduction='none')
+    with attacks.attack_mode(net):
+        x = X.clone().requires_grad_()
+        grad, = torch.autograd.grad(objective(x).sum(), x)
+        assert torch.equal(attacks.fgsm(objective, X, eps=8 / 255), (X + 8 / 255 * grad.sign()).clamp(X - 8 / 255, X + 8 / 255).clamp(0, 1))
+
+def test_self_alignment_has_no_gradient_at_x(net):
+    """Why the attacks of TRADES and its family start beside x."""
+    with attacks.attack_mode(net):
+        z = net(X).detach()
+        for objective, init in ((losses.climb_kl, METHODS['trades'].init), (losses.climb_mse, METHODS['logit_mse'].init)):
+            x = X.clone().requires_grad_()
+            grad, = torch.autograd.grad(objective(net(x), z).sum(), x)
+            assert grad.abs().max() < 1e-6 and init == 'normal'
+
+def test_cw_margin_by_hand():
+    assert attacks.cw_margin(torch.tensor([[1., 5., 3.], [4., 0., 1.]]), torch.tensor([1, 2])).tolist() == [-2., 3.]
+
+@pytest.mark.parametrize('bn', ['eval', 'train'])
+def test_attack_mode_moves_nothing_and_restores_all(net, bn):
+    net.train()
+    net.layer1.eval()                       # a mixed state has to survive too
+    net.conv1.weight.requires_grad_(False)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    modes, grads = [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()]
+    with attacks.attack_mode(net, bn=bn):
+        assert not any(p.requires_grad for p in net.parameters()) and net.bn1.training == (bn == 'train')
+        attacks.pgd(lambda x: F.cross_entropy(net(x), Y, reduction='none'), X, steps=2)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert modes == [m.training for m in net.modules()] and grads == [p.requires_grad for p in net.parameters()]
+    assert all(p.grad is None for p in net.parameters())
+    net.train().requires_grad_(True)
+
+# -----------------------------------------------------------------------------
+# data and models
+
+def test_crop_flip_equals_loops():
+    x = torch.randint(256, (16, 32, 32, 3), dtype=torch.uint8)
+    out = data.crop_flip(x, torch.Generator().manual_seed(0))
+    padded = np.pad(x.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    for image, frame in zip(out.numpy(), padded):
+        views = [v for i in range(9) for j in range(9) for v in (frame[i:i + 32, j:j + 32], frame[i:i + 32, j:j + 32][:, ::-1])]
+        assert any((image == v).all() for v in views)
+    assert not torch.equal(out, x)
+
+def test_holdout_is_disjoint_and_the_same_for_every_subset():
+    whole, part = data.load('digits'), data.load('digits', subset=100)
+    assert torch.equal(whole.x_val, part.x_val) and len(part.x_train) == 100 and len(whole.x_val) == 134
+    assert len(whole.x_train) + len(whole.x_val) + len(whole.x_test) == 1797
+    assert len(whole.x_test) == 449 and whole.x_test.dtype == torch.uint8 and whole.x_test.shape[1:] == (32, 32, 3)
+
+def test_batches_are_seeded_and_in_range():
+    d = data.load('synthetic', subset=100)
+    epochs = [list(data.batches(d.x_train, d.y_train, 32, True, torch.Generator().manual_seed(5))) for _ in range(2)]
+    assert [len(y) for _, y in epochs[0]] == [32, 32, 32]       # whole batches only
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(*epochs))
+    x = epochs[0][0][0]
+    assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+    assert sum(len(y) for _, y in data.batches(d.x_val, d.y_val, 50)) == len(d.y_val)
+
+@pytest.mark.parametrize('name, millions', [('resnet18', 11.174), ('resnet34', 21.282), ('resnet50', 23.521), ('preactresnet18', 11.172),
+                                            ('wrn-28-10', 36.479), ('wrn-34-10', 46.160), ('mobilenetv2', 2.297)])
+def test_models_have_the_published_size(name, millions):
+    with torch.device('meta'):
+        net = models.build(name, 10)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(millions * 1e6, abs=600)
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'preactresnet18', 'wrn-10-2', 'mobilenetv2'])
+def test_narrow_models_run_with_a_small_image_stem(name):
+    net = models.build(name, 7, width=4, mean=[.5] * 3, std=[.2] * 3).eval()
+    sizes = []
+    last = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    last.register_forward_hook(lambda module, args, out: sizes.append(out.shape[2:]))
+    assert net(X).shape == (6, 7) and sizes[0] in ((4, 4), (8, 8))          # an ImageNet stem would leave 1x1
+
+def test_autoattacks_example_checkpoint_loads_unchanged():
+    import pyautoattack
+    net, meta = models.load_checkpoint(pathlib.Path(pyautoattack.__file__).parent / 'examples/model_test.pt', 'resnet18', 10)
+    assert meta == {} and not net.training
+
+def test_checkpoint_round_trip_and_prefixes(tmp_path, net):
+    models.save_checkpoint(tmp_path / 'a.pt', net, dataset='synthetic')
+    again, meta = models.load_checkpoint(tmp_path / 'a.pt')
+    assert models.fingerprint(again) == models.fingerprint(net) and meta['dataset'] == 'synthetic'
+    torch.save({'model_state_dict': {f'module._orig_mod.{k}': v for k, v in net.state_dict().items()}}, tmp_path / 'b.pt')
+    again, meta = models.load_checkpoint(tmp_path / 'b.pt', 'resnet18', 10, width=4)
+    assert models.fingerprint(again) == models.fingerprint(net) and meta == {}
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith('.tmp')] == []
+
+# -----------------------------------------------------------------------------
+# scripts, through their command lines
+
+def run(script, *argv):
+    """A script in this process, as __main__ with these arguments: saves the import of torch. Returns its globals."""
+    old = sys.argv
+    sys.argv = [script, *map(str, argv)]
+    try:
+        return runpy.run_path(str(HERE / script), run_name='__main__')
+    finally:
+        sys.argv = old
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp('teacher')
+    run('train_teacher.py', *TINY, '--epochs', 2, '--out', out)
+    return out / 'best.pt'
+
+@pytest.mark.parametrize('loss', METHODS)
+def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
+    before = teacher.read_bytes()
+    flags = ['--teacher', teacher] if losses.needs_teacher(METHODS[loss]) else []
+    script = run('train_adv.py', '--loss', loss, *TINY, *flags, '--epochs', 1, '--steps', 2, '--out', tmp_path)
+    log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert log[0]['loss'] == loss and log[0]['torch'] == torch.__version__ and math.isfinite(log[1]['loss']) and len(log) == 2
+    for name in ('best.pt', 'last.pt'):
+        net, meta = models.load_checkpoint(tmp_path / name)
+        assert meta['loss'] == loss and meta['hparams'] == hparams(METHODS[loss].loss) and meta['eps'] == 8
+    if script['teacher'] is not None:
+        assert all(p.grad is None and not p.requires_grad for p in script['teacher'].parameters())
+        assert models.fingerprint(script['teacher']) == meta['teacher']['fingerprint'] == models.fingerprint(models.load_checkpoint(teacher)[0])
+        assert teacher.read_bytes() == before
+    assert all(p.grad is None for p in script['student'].parameters()) and script['student'].conv1.weight.requires_grad
+
+def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys):
+    run('evaluate.py', teacher, '--n', 12, '--attacks', 'fgsm', 'pgd', 'cw', 'apgd-ce', '--out', tmp_path / 'e.json')
+    report, screen = json.loads((tmp_path / 'e.json').read_text()), capsys.readouterr().out
+    assert list(report['results']) == ['clean', 'fgsm', 'pgd-20', 'cw-20', 'apgd-ce', 'all of the above']
+    for name, r in report['results'].items():
+        assert re.search(rf'^{re.escape(name)} +{r["accuracy"]:.2f} ', screen, re.M)
+        assert r['accuracy'] <= report['results']['clean']['accuracy'] and r['n'] == 12
+        assert r['max_perturbation'] is None or r['max_perturbation'] <= 8.001
+        assert r['class_mean'] == pytest.approx(np.mean(list(r['per_class'].values()))) and r['class_std'] == pytest.approx(np.std(list(r['per_class'].values())))
+
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    """The third batch of the second epoch turns to NaN: epoch and batch are named, epoch 1 is what the folder holds."""
+    calls, ce = [], F.cross_entropy
+    def breaks(logits, y, reduction='mean', **kw):
+        calls.append(reduction)
+        return ce(logits, y, reduction=reduction, **kw) * (float('nan') if calls.count('mean') == 5 else 1)
+    monkeypatch.setattr(F, 'cross_entropy', breaks)
+    with pytest.raises(SystemExit) as e:
+        run('train_teacher.py', *TINY, '--epochs', 3, '--out', tmp_path)        # 64 images, batch 32: two batches an epoch
+    assert 'non-finite loss in epoch 3, batch 1' in str(e.value) and '\n' not in str(e.value)
+    assert models.load_checkpoint(tmp_path / 'last.pt')[1]['epoch'] == 2
+
+BAD = [     # script, arguments, what the one line has to say
+    ('train_adv.py', '--loss trade', "choose from 'standard'"),
+    ('train_adv.py', '--loss pgd_at --beta 2', '--loss pgd_at takes no hyper-parameter'),
+    ('train_adv.py', '--loss trades --tau 2', '--loss trades takes --beta'),
+    ('train_adv.py', '--loss trades --bet 2', '--loss trades takes --beta'),
+    ('train_adv.py', '--model resnet19', "unknown model 'resnet19'; known: resnet18"),
+    ('train_adv.py', '--dataset cifar11', "unknown dataset 'cifar11'"),
+    ('train_adv.py', '--eps 0.031', '0.031 is 7.9/255, not 8/255; for 8/255 write --eps 8'),
+    ('train_adv.py', '--eps 0.5', 'eps is in pixels'),
+    ('train_adv.py', '--teacher {tmp}/none.pt', 'No such file'),
+    ('train_adv.py', '--teacher {tmp}/html.pt', 'web page'),
+    ('train_adv.py', '--teacher {tmp}/truncated.pt', 'not a PyTorch checkpoint, or is truncated'),
+    ('train_adv.py', '--teacher {tmp}/classes.pt', 'knows 7 classes, synthetic has 10'),
+    ('train_adv.py', '--teacher {tmp}/list.pt', 'holds a list, not a state dict'),
+    ('train_adv.py', '--loss trades --out /proc/nowhere', 'cannot write /proc/nowhere'),
+    ('train_adv.py', '--subset 999999', 'has 1152 training images'),
+    ('train_teacher.py', '--epochs 0', '--epochs 0: at least 1'),
+    ('train_teacher.py', '--lr nan', '--lr nan: at least 0'),
+    ('evaluate.py', '{tmp}/none.pt', 'No such file'),
+    ('evaluate.py', '{tmp}/bare.pt', 'name their architecture with --model'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18', 'does not fit resnet18'),
+    ('evaluate.py', '{tmp}/classes.pt --dataset synthetic', 'knows 7 classes, synthetic has 10'),
+    ('evaluate.py', '{tmp}/classes.pt --attacks pdg', "invalid choice: 'pdg'"),
+]
+
+@pytest.fixture(scope='module')
+def broken(tmp_path_factory, teacher):
+    tmp = tmp_path_factory.mktemp('broken')
+    (tmp / 'html.pt').write_text('<!DOCTYPE html><html>404</html>')
+    (tmp / 'truncated.pt').write_bytes(teacher.read_bytes()[:5000])
+    torch.save([1, 2], tmp / 'list.pt')
+    torch.save(models.load_checkpoint(teacher)[0].state_dict(), tmp / 'bare.pt')
+    models.save_checkpoint(tmp / 'classes.pt', models.build('resnet18', 7, width=4), dataset='synthetic')
+    return tmp
+
+@pytest.mark.parametrize('script, argv, says', BAD, ids=lambda v: v[:40])
+def test_bad_input_is_one_clear_line(script, argv, says, broken, tmp_path, capsys):
+    argv = argv.format(tmp=broken).split()
+    if script != 'evaluate.py':             # the last of two equal flags wins
+        argv = [*TINY, '--out', tmp_path, *argv]
+    with pytest.raises(SystemExit) as e:
+        run(script, *argv)
+    out = capsys.readouterr()
+    assert e.value.code == 2 and says in out.err and out.err.count('\n') == 1 and len(out.err) < 400, out
+    assert 'epoch' not in out.out           # before any work
+
+BAD_NPZ = [
+    (lambda a: a.pop('y_test'), 'has no array y_test'),
+    (lambda a: a.update(x_train=a['x_train'] / 255), 'x_train is float64'),
+    (lambda a: a.update(x_test=a['x_test'].transpose(0, 3, 1, 2)), 'images are uint8 (N, H, W, 3)'),
+    (lambda a: a.update(y_train=a['y_train'] * 1.0), 'labels are integers'),
+    (lambda a: a.update(y_train=a['y_train'][:-1]), 'one per image'),
+    (lambda a: a.update(y_test=a['y_test'] + 1), 'outside the classes 0 to 3'),
+    (lambda a: a.update(y_train=a['y_train'] - 1), 'outside the classes'),
+]
+
+@pytest.mark.parametrize('damage, says', BAD_NPZ, ids=[says for _, says in BAD_NPZ])
+def test_a_bad_npz_is_one_clear_line(damage, says, tmp_path, capsys):
+    arrays = dict(x_train=np.zeros((20, 32, 32, 3), np.uint8), y_train=np.arange(20) % 4,
+                  x_test=np.zeros((8, 32, 32, 3), np.uint8), y_test=np.arange(8) % 4)
+    damage(arrays)
+    np.savez(tmp_path / 'mine.npz', **arrays)
+    with pytest.raises(SystemExit) as e:
+        run('train_adv.py', '--loss', 'trades', '--dataset', 'mine', '--data-dir', tmp_path, '--out', tmp_path / 'out')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and says in err and err.count('\n') == 1
+
+# -----------------------------------------------------------------------------
+# README
+
+def test_readme_has_the_table_of_methods():
+    assert losses.table() in README, 'run python losses.py and paste'
+
+def test_readme_example_runs():
+    """Both sides of the before/after diff, on a toy network."""
+    diff = re.search(r'```diff\n(.*?)```', README, re.S)[1].splitlines()
+    torch.manual_seed(0)
+    for drop in '+-':
+        code = '\n'.join(line[1:] for line in diff if line[:1] != drop)
+        net, teacher = models.build('resnet18', 10, width=4), models.build('resnet18', 10, width=4).eval().requires_grad_(False)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+        before = models.fingerprint(net)
+        exec(code, dict(model=net, teacher=teacher, optimizer=optimizer, loader=[(X, Y)], F=F, torch=torch))
+        assert models.fingerprint(net) != before and all(p.grad is None for p in teacher.parameters())
+
+def test_readme_commands_run(tmp_path):
+    """Every python command of the README's sh blocks, as a user types it, on a handful of images under the same names."""
+    d = data.load('synthetic')
+    (tmp_path / 'data').mkdir()
+    for name in ('digits', 'cifar10'):
+        np.savez(tmp_path / f'data/{name}.npz', x_train=d.x_train[:40], y_train=d.y_train[:40], x_test=d.x_test[:8], y_test=d.y_test[:8])
+    torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'model_test.pt')
+    commands = [line for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.splitlines() if line.startswith('python ')]
+    assert len(commands) >= 6
+    for command in commands:
+        script, *argv = shlex.split(command.replace('cifar10-resnet18', 'cifar10-resnet18-w4'), comments=True)[1:]
+        if script in ('test_smoke.py', 'losses.py'):
+            continue
+        if 'digits' not in command:
+            argv += ['--width', '4']
+        argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'train_adv.py': '--epochs 1 --steps 1'}[script].split()
+        done = subprocess.run([sys.executable, str(HERE / script), *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+
+if __name__ == '__main__':
+    sys.exit(pytest.main([__file__, '-q', *sys.argv[1:]]))

@@ -1,0 +1,66 @@
+"""A disk that fills up, an impatient user, no network: one clear line each, and what was saved before is intact."""
+import pathlib, resource, signal, subprocess, sys, time
+
+import numpy as np
+import pytest
+import torch
+
+import data, models
+
+HERE = pathlib.Path(__file__).parent.parent
+COMMAND = [sys.executable, str(HERE / 'train_teacher.py'), '--dataset', 'synthetic', '--width', '4', '--epochs', '200', '--out']
+
+def wait_for(path, process, seconds=60):
+    while not path.exists() and process.poll() is None and seconds > 0:
+        time.sleep(0.2)
+        seconds -= 0.2
+    assert path.exists()
+
+def test_a_full_disk(tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))         # a checkpoint is 200 kB
+    done = subprocess.run([*COMMAND, str(tmp_path)], preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1 and f'cannot write {tmp_path}' in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ['log.jsonl']                        # no half of a file
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    net = models.build('resnet18', 10, width=4)
+    models.save_checkpoint(tmp_path / 'a.pt', net, epoch=1)
+    class Unsavable:
+        def __reduce__(self):
+            raise OSError(28, 'No space left on device')
+    with pytest.raises(OSError):
+        models.save_checkpoint(tmp_path / 'a.pt', net, epoch=2, x=Unsavable())
+    assert models.load_checkpoint(tmp_path / 'a.pt')[1]['epoch'] == 1 and len(list(tmp_path.iterdir())) == 1
+
+def test_ctrl_c(tmp_path):
+    process = subprocess.Popen([*COMMAND, str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(tmp_path / 'last.pt', process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'Traceback' not in err and 'stopped in epoch' in err
+    models.load_checkpoint(tmp_path / 'last.pt')
+
+def test_a_second_run_does_not_overwrite_the_first(tmp_path):
+    models.save_checkpoint(tmp_path / 'last.pt', models.build('resnet18', 10, width=4))
+    done = subprocess.run([*COMMAND, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and 'holds a trained model already' in done.stderr
+
+def test_no_network_says_where_the_file_goes(tmp_path, monkeypatch):
+    import torchvision
+    def refuse(*args, **kwargs):
+        raise OSError('Network is unreachable')
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', refuse)
+    with pytest.raises(ValueError, match=r'Put .*cifar10\.npz there yourself .* or use --dataset digits') as e:
+        data.load('cifar10', str(tmp_path))
+    assert '\n' not in str(e.value)
+
+def test_a_download_is_kept_as_npz(tmp_path, monkeypatch):
+    import torchvision
+    class Fake:
+        def __init__(self, root, train, download=False):
+            self.data, self.targets = np.full((30, 32, 32, 3), 7 * train, np.uint8), [i % 10 for i in range(30)]
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Fake)
+    first = data.load('cifar10', str(tmp_path))
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', None)          # the second time nothing is downloaded
+    again = data.load('cifar10', str(tmp_path))
+    assert torch.equal(first.x_train, again.x_train) and torch.equal(first.y_test, again.y_test) and first.x_test.max() == 0
