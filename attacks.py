@@ -111,5 +111,7 @@ def resolve_args(args, eps):
     if 0 < args.eps < 1:                # 0.03, 0.3: a fraction of the range; 0.031: somebody's 8/255
         hint = '0.031 is 7.9/255, not 8/255' if 0.031 <= args.eps < 0.0315 else f'{args.eps:g} of the range is {args.eps * 255:g}'
         raise ValueError(f'--eps {args.eps:g}: eps is in pixels, 0 to 255; {hint}; for 8/255 write --eps 8')
-    if not 1 <= args.eps <= 255 or not args.step_size > 0:
-        raise ValueError(f'--eps {args.eps:g} --step-size {args.step_size:g}: pixels, 1 to 255, and a step above 0')
+    if not 1 <= args.eps <= 255:
+        raise ValueError(f'--eps {args.eps:g}: pixels, 1 to 255')
+    if not args.eps / 100 <= args.step_size <= 255:             # 0.007, 0.003: a fraction again, and an attack that stands still
+        raise ValueError(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; 2/255 is 2, 0.007 is 1.8')

@@ -51,16 +51,15 @@ class Dataset(NamedTuple):
 
 def from_npz(path, classes):
     """Any file of the four arrays, checked. Raises ValueError with what is wrong and where."""
+    names = 'x_train', 'y_train', 'x_test', 'y_test'
     try:
         with np.load(path, allow_pickle=False) as z:
-            missing = [k for k in ('x_train', 'y_train', 'x_test', 'y_test') if k not in z]
-            if missing:
-                raise ValueError(f'{path} has no array {" ".join(missing)}: it needs x_train y_train x_test y_test')
-            arrays = [z[k] for k in ('x_train', 'y_train', 'x_test', 'y_test')]
-    except ValueError:
-        raise
-    except Exception as e:                  # zipfile, zlib and numpy each have their own for a damaged file
-        raise ValueError(f'{path} is not an npz file, or is truncated ({type(e).__name__})') from e
+            arrays = [z[k] if k in z else None for k in names]
+    except Exception as e:                  # zipfile, zlib and numpy each have their own for a damaged or foreign file
+        raise ValueError(f'{path} is not an npz file of plain arrays, or is truncated ({type(e).__name__})') from e
+    missing = [k for k, a in zip(names, arrays) if a is None]
+    if missing:
+        raise ValueError(f'{path} has no array {" ".join(missing)}: it needs {" ".join(names)}')
     for split, x, y in (('train', *arrays[:2]), ('test', *arrays[2:])):
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
             raise ValueError(f'{path}: x_{split} is {x.dtype} {x.shape}; images are uint8 (N, H, W, 3), 0 to 255')
@@ -86,8 +85,11 @@ def from_torchvision(name, folder):
         raise ValueError(f'{name} could not be downloaded ({type(e).__name__}: {e}). Put {path} there yourself (x_train y_train '
                          'x_test y_test, uint8 images NHWC), or use --dataset digits, which needs no download') from e
     arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
-    with atomic(path) as tmp, open(tmp, 'wb') as f:
-        np.savez(f, **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays)))
+    try:
+        with atomic(path) as tmp, open(tmp, 'wb') as f:
+            np.savez(f, **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays)))
+    except OSError as e:
+        raise ValueError(f'cannot write {path}: {e.strerror}') from e
     return arrays
 
 def digits():
@@ -99,21 +101,22 @@ def digits():
     return x[~test], y[~test], x[test], y[test]
 
 def synthetic():
-    """Ten smooth random patterns, shifted and noisy: 1,280 training and 512 test images that a small network learns at once."""
+    """Ten smooth random patterns, shifted and noisy: 640 training and 256 test images that a small network learns at once."""
     g = torch.Generator().manual_seed(0)
     patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=g), size=(32, 32), mode='bilinear')
-    y = torch.arange(1792) % 10
-    x = 127 + 50 * patterns[y] + 25 * torch.randn(1792, 3, 32, 32, generator=g)
+    y = torch.arange(896) % 10
+    x = 127 + 50 * patterns[y] + 25 * torch.randn(896, 3, 32, 32, generator=g)
     x = x.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return x[:1280], y[:1280].numpy(), x[1280:], y[1280:].numpy()
+    return x[:640], y[:640].numpy(), x[640:], y[640:].numpy()
 
 # -----------------------------------------------------------------------------
 
-def add_args(parser):
+def add_args(parser, training=True):
     g = parser.add_argument_group('data')
     g.add_argument('--dataset', default='cifar10', help=f'{" ".join(DATASETS)}, or the NAME of DIR/NAME.npz')
     g.add_argument('--data-dir', default='data', metavar='DIR')
-    g.add_argument('--subset', type=int, metavar='N', help='train on the first N training images only')
+    if training:
+        g.add_argument('--subset', type=int, metavar='N', help='train on the first N training images only')
 
 def task(args):
     """dataset-model-width-subset: the part of a run's name that a teacher and its students share."""
@@ -134,11 +137,11 @@ def load(name, folder='data', *, subset=None, device='cpu'):
     if os.path.exists(path):
         arrays = from_npz(path, defaults['classes'])
     elif name in ('digits', 'synthetic'):
-        arrays = globals()[name]()
+        arrays = {'digits': digits, 'synthetic': synthetic}[name]()
     else:
         arrays = from_torchvision(name, folder)
-    x_train, y_train, x_test, y_test = [torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in arrays]
-    y_train, y_test = y_train.long(), y_test.long()
+    x_train, y_train, x_test, y_test = [
+        torch.from_numpy(np.ascontiguousarray(a, np.uint8 if a.ndim == 4 else np.int64)).to(device) for a in arrays]
     order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(SPLIT_SEED)).to(device)
     held_out = min(1000, max(1, len(order) // 10))
     val, train = order[:held_out], order[held_out:].sort().values

@@ -23,25 +23,32 @@ from log import atomic, environment
 from models import fingerprint, load_checkpoint
 
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']        # of AutoAttack standard, in its order
+DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
 
 # -----------------------------------------------------------------------------
 # arguments
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')     # one line, without the usage
 parser.add_argument('checkpoint')
-data.add_args(parser); models.add_args(parser); attacks.add_args(parser)
-parser.set_defaults(dataset=None, model=None)           # ours say it themselves
-parser.add_argument('--attacks', nargs='+', default=['clean', 'fgsm', 'pgd', 'cw', 'autoattack'],
-                    choices=['clean', 'fgsm', 'pgd', 'cw', 'autoattack', *PARTS], metavar='NAME',
-                    help='clean fgsm pgd cw autoattack, or one of its parts alone on all images: ' + ' '.join(PARTS))
-parser.add_argument('--n', type=int, help='the first N test images (default: all)')
-parser.add_argument('--steps', type=int, default=20, help='of pgd and cw')
-parser.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
-parser.add_argument('--individual', action='store_true',
-                    help='run every part of AutoAttack also on the images that the parts before it broke: its accuracy alone')
-parser.add_argument('--batch-size', type=int, default=250)
-parser.add_argument('--seed', type=int, default=0)
-parser.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
+data.add_args(parser, training=False); attacks.add_args(parser)
+parser.set_defaults(dataset=None, data_dir=None, norm=None)         # ours say it themselves
+g = parser.add_argument_group("somebody else's weights")
+g.add_argument('--model', help=models.NAMES)
+g.add_argument('--width', type=int, help="channels of the first layer (default: the paper's)")
+g.add_argument('--mean', type=float, nargs=3, help='of the normalisation it was trained with, in [0, 1] (default: none)')
+g.add_argument('--std', type=float, nargs=3)
+g = parser.add_argument_group('evaluation')
+g.add_argument('--attacks', nargs='+', default=DEFAULT,
+               choices=[*DEFAULT, *PARTS], metavar='NAME',
+               help='clean fgsm pgd cw autoattack, or one of its parts alone on all images: ' + ' '.join(PARTS))
+g.add_argument('--n', type=int, help='the first N test images (default: all)')
+g.add_argument('--steps', type=int, default=20, help='of pgd and cw')
+g.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
+g.add_argument('--individual', action='store_true',
+               help='run every part of AutoAttack also on the images that the parts before it broke: its accuracy alone')
+g.add_argument('--batch-size', type=int, default=250)
+g.add_argument('--seed', type=int, default=0)
+g.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
 args = parser.parse_args()
 
 # -----------------------------------------------------------------------------
@@ -49,35 +56,41 @@ args = parser.parse_args()
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 torch.set_float32_matmul_precision('highest')
 torch.backends.cudnn.allow_tf32 = False
-flags = []                                              # what a reader of the number should know
+notes = []                                              # what a reader of the number should know
 try:
     for flag in ('steps', 'restarts', 'batch_size'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: at least 1')
-    if args.model is None:
-        model, meta = load_checkpoint(args.checkpoint)
-        args.dataset = args.dataset or meta['dataset']
-        d = data.load(args.dataset, args.data_dir, device=device)
-    else:
-        args.dataset = args.dataset or 'cifar10'
-        d = data.load(args.dataset, args.data_dir, device=device)
-        mean, std = d.statistics() if args.normalize else (None, None)
-        model, meta = load_checkpoint(args.checkpoint, args.model, d.classes, width=args.width, mean=mean, std=std)
-        if meta:
-            raise ValueError(f'{args.checkpoint} says itself that it is a {model.config["name"]}: drop --model')
+    ckpt = models.read(args.checkpoint)
+    ours = isinstance(ckpt, dict) and 'config' in ckpt
+    if ours and (args.model or args.width or args.mean):
+        raise ValueError(f'{args.checkpoint} says itself what it is: drop --model, --width, --mean and --std')
+    if (args.mean is None) != (args.std is None):
+        raise ValueError('--mean and --std go together')
+    run = ckpt.get('run', {}) if ours else {}
+    args.dataset = args.dataset or run.get('dataset', 'cifar10')
+    args.data_dir = args.data_dir or run.get('data_dir', 'data')
+    args.norm = args.norm or run.get('norm', 'Linf')
+    args.eps = run.get('eps') if args.eps is None else args.eps
+    attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
+    if not ours and args.model is None:
+        raise ValueError(f'{args.checkpoint} holds weights only: name their architecture with --model (and --width)')
+    d = data.load(args.dataset, args.data_dir, device=device)
+    model, meta = load_checkpoint(args.checkpoint, args.model, d.classes, width=args.width, mean=args.mean, std=args.std)
     if model.config['num_classes'] != d.classes:
         raise ValueError(f'{args.checkpoint} knows {model.config["num_classes"]} classes, {args.dataset} has {d.classes}')
     if d.classes < 4 and {'autoattack', *PARTS} & set(args.attacks):
         raise ValueError(f'AutoAttack needs four classes (its targeted DLR loss does), {args.dataset} has {d.classes}; '
                          'choose others with --attacks')
-    attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
     n = args.n if args.n is not None else len(d.y_test)
     if not 1 <= n <= len(d.y_test):
         raise ValueError(f'--n {n}: {args.dataset} has {len(d.y_test)} test images')
-    args.out = args.out or f'{os.path.splitext(args.checkpoint)[0]}.eval-{args.norm}-{args.eps:g}-n{n}.json'
-    with atomic(args.out + '.probe') as tmp:            # two hours of AutoAttack end in this file
-        open(tmp, 'w').close()
-    os.remove(args.out + '.probe')
+    tag = '' if args.attacks == DEFAULT else '-' + '+'.join(args.attacks)
+    args.out = args.out or f'{os.path.splitext(args.checkpoint)[0]}.eval-{args.norm}-{args.eps:g}-n{n}{tag}.json'
+    if os.path.exists(args.out) and '"complete": false' not in open(args.out).read():
+        raise ValueError(f'{args.out} is there already: choose another --out, or delete it')
+    with atomic(args.out) as tmp, open(tmp, 'w') as f:  # hours of AutoAttack end in this file: it has to be writable
+        f.write('{"complete": false}')
 except ValueError as e:
     parser.error(e)
 except OSError as e:
@@ -96,7 +109,7 @@ def margin(x, y):
     return lambda x_adv: cw_margin(model(x_adv), y)
 
 def iterated(objective):
-    settings = dict(eps=eps, step_size=step_size, steps=args.steps, norm=args.norm, restarts=args.restarts)
+    settings = dict(eps=eps, step_size=step_size, steps=args.steps, norm=args.norm)
     return lambda x, y: pgd(objective(x, y), x, **settings)
 
 def part(name):
@@ -116,8 +129,8 @@ ATTACKS = dict(fgsm=lambda x, y: fgsm(ce(x, y), x, eps=eps, norm=args.norm), pgd
 class Warnings(logging.Handler):
     """AutoAttack's own warnings (randomised, zero gradients, Square wins) belong in the report."""
     def emit(self, record):
-        if record.getMessage() not in flags:
-            flags.append(record.getMessage())
+        if record.getMessage() not in notes:
+            notes.append(record.getMessage())
 logging.getLogger('auto-attack').addHandler(Warnings(logging.WARNING))
 logging.getLogger('auto-attack').propagate = False
 
@@ -128,15 +141,17 @@ def correct(x, y):
 
 def survivors(name, alive):
     """(n,) bool: which of the alive images withstand the attack; the others are not attacked. Also the largest step taken."""
-    index, still, moved = alive.nonzero()[:, 0], alive.clone(), 0.0
-    for i in tqdm(index.split(args.batch_size) if len(index) else [], desc=name, leave=False, disable=None):
-        x, y = x_test[i], y_test[i]
-        x_adv = ATTACKS[name](x, y)
-        d = (x_adv - x).flatten(1)
-        moved = max(moved, (d.abs().amax() if args.norm == 'Linf' else d.norm(dim=1).max()).item())
-        if not (moved <= eps * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
-            sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): its result is worth nothing')
-        still[i] = correct(x_adv, y)                    # recounted here, whatever the attack says
+    still, moved = alive.clone(), 0.0
+    for _ in range(args.restarts if name in ('pgd', 'cw') else 1):
+        index = still.nonzero()[:, 0]
+        for i in tqdm(index.split(args.batch_size) if len(index) else [], desc=name, leave=False, disable=None):
+            x, y = x_test[i], y_test[i]
+            x_adv = ATTACKS[name](x, y)
+            delta = (x_adv - x).flatten(1)
+            moved = max(moved, (delta.abs().amax() if args.norm == 'Linf' else delta.norm(dim=1).max()).item())
+            if not (moved <= eps * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
+                sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): its result is worth nothing')
+            still[i] = correct(x_adv, y)                # recounted here, whatever the attack says
     return still, moved
 
 # -----------------------------------------------------------------------------
@@ -151,58 +166,78 @@ def summary(mask):
     return dict(accuracy=100 * k / n, correct=k, n=n, interval=[100 * (centre - half), 100 * (centre + half)], per_class=per_class,
                 class_mean=values.mean().item(), class_std=values.std(correction=0).item(), class_worst=min(per_class, key=per_class.get))
 
+def save(complete):
+    report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), model=model.config, trained={k: v for k, v in meta.items() if k != 'config'},
+                  dataset=args.dataset, images=f'first {n} of {len(d.y_test)} test images', norm=args.norm, eps=eps, eps_pixels=args.eps,
+                  results=results, notes=notes, complete=complete, args=vars(args), precision='float32', **environment(device))
+    with atomic(args.out) as tmp, open(tmp, 'w') as f:
+        json.dump(report, f, indent=1)
+
 def report(row, mask, seconds, moved=None):
-    s = results[row] = dict(summary(mask), seconds=seconds, max_perturbation=moved and 255 * moved)
+    """One line on the screen; the file holds everything so far."""
+    s = results[row.strip()] = dict(summary(mask), seconds=seconds, max_perturbation=moved and 255 * moved)
     low, high = s['interval']
     print(f"{row:<28}{s['accuracy']:8.2f}   {low:6.2f} - {high:6.2f}{s['class_mean']:10.2f}{s['class_std']:8.2f}"
           f"{s['per_class'][s['class_worst']]:8.2f} ({s['class_worst']}){seconds:10.0f}", flush=True)
+    save(complete=False)
 
-with torch.no_grad():
-    logits = model(x_test[:args.batch_size])
-    if not logits.isfinite().all():
-        sys.exit(f'{args.checkpoint} returns non-finite logits on clean images: nothing to evaluate')
-where = f'epoch {meta["epoch"]}, selected by {meta["selected_by"]}' if meta else 'weights only, provenance unknown'
+def autoattack(clean):
+    """The standard version, part by part on the images left; with --individual also each part on all. (n,) bool."""
+    alive, before, after = clean, {}, {}
+    t0 = time.perf_counter()
+    for name in PARTS:
+        t1, before[name] = time.perf_counter(), alive
+        alive, moved = survivors(name, alive)
+        after[name] = alive
+        report(f'  autoattack, after {name}', alive, time.perf_counter() - t1, moved)
+    broken = int((before['square'] & ~alive).sum())
+    if broken > 0.002 * n:                              # the authors' own check, which needs all parts in one call
+        notes.append(f'Square broke {broken} images that had withstood the gradients: is something masked?')
+    report('autoattack (worst case)', alive, time.perf_counter() - t0)
+    for name in PARTS if args.individual else ():
+        t1 = time.perf_counter()
+        rest, moved = survivors(name, clean & ~before[name])
+        report(f'  {name} alone', rest | after[name], time.perf_counter() - t1, moved)
+    return alive
+
+where = f'epoch {meta.get("epoch")}, selected by {meta.get("selected_by")}' if meta else 'weights only, provenance unknown'
 print(f'{args.checkpoint} ({fingerprint(model)}): {model.config["name"]}, {where}')
 print(f'{args.dataset}, the first {n} of {len(d.y_test)} test images; {args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}')
+with torch.no_grad():
+    if not model(x_test[:args.batch_size]).isfinite().all():
+        sys.exit(f'{args.checkpoint} returns non-finite logits on clean images: nothing to evaluate')
 print(f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}{'worst':>12}{'seconds':>10}")
 torch.manual_seed(args.seed)
 results, started = {}, time.perf_counter()
-with attack_mode(model):
-    clean = correct(x_test, y_test)
-    report('clean', clean, time.perf_counter() - started)
-    worst = clean.clone()
-    for name in [a for a in args.attacks if a not in ('clean', 'autoattack')]:
-        t0 = time.perf_counter()
-        mask, moved = survivors(name, clean)
-        report(f'{name}-{args.steps}' if name in ('pgd', 'cw') else name, mask, time.perf_counter() - t0, moved)
-        worst &= mask
-    if 'autoattack' in args.attacks:
-        alive, t0, alone = clean, time.perf_counter(), {}
-        for name in PARTS:
-            t1, before = time.perf_counter(), alive
-            alive, moved = survivors(name, before)
-            report(f'  autoattack, after {name}', alive, time.perf_counter() - t1, moved)
-            if args.individual:
-                t1 = time.perf_counter()
-                rest, moved = survivors(name, clean & ~before)
-                alone[name] = alive | rest, time.perf_counter() - t1, moved
-        report('autoattack (worst case)', alive, time.perf_counter() - t0)
-        for name, (mask, seconds, moved) in alone.items():
-            report(f'  {name} alone', mask, seconds, moved)
-        worst &= alive
-    if len(results) > 2:
-        report('all of the above', worst, time.perf_counter() - started)
+try:
+    with attack_mode(model):
+        clean = correct(x_test, y_test)
+        report('clean', clean, time.perf_counter() - started)
+        worst = clean
+        for name in args.attacks:
+            t0 = time.perf_counter()
+            if name == 'autoattack':
+                robust = autoattack(clean)
+                worst = worst & robust
+            elif name != 'clean':
+                mask, moved = survivors(name, clean)
+                report(f'{name}-{args.steps}' if name in ('pgd', 'cw') else name, mask, time.perf_counter() - t0, moved)
+                worst = worst & mask
+        if len(args.attacks) > 2:
+            report('all of the above', worst, time.perf_counter() - started)
+except KeyboardInterrupt:
+    sys.exit(f'\nstopped; {args.out} holds the rows above')
 
-if meta and abs(meta['val_clean'] - results['clean']['accuracy']) > max(10, 300 / math.sqrt(n)):
-    flags.append(f"clean accuracy is {results['clean']['accuracy']:.1f} here and was {meta['val_clean']:.1f} on the hold-out in training")
-if meta.get('eps', args.eps) != args.eps or meta.get('norm', args.norm) != args.norm:
-    flags.append(f"trained against {meta['norm']} {meta['eps']:g}/255, attacked with {args.norm} {args.eps:g}/255")
+accuracy = {name: r['accuracy'] for name, r in results.items()}
+if {f'pgd-{args.steps}', 'autoattack (worst case)'} <= set(results):
+    notes.append(f"PGD-{args.steps} is {accuracy[f'pgd-{args.steps}'] - accuracy['autoattack (worst case)']:.2f} points above AutoAttack")
+if abs(meta.get('val_clean', accuracy['clean']) - accuracy['clean']) > max(10, 300 / math.sqrt(n)):
+    notes.append(f"clean accuracy is {accuracy['clean']:.1f} here and was {meta['val_clean']:.1f} on the hold-out in training")
+if (run.get('norm', args.norm), run.get('eps', args.eps)) != (args.norm, args.eps):
+    notes.append(f"trained against {run['norm']} {run['eps']:g}/255, attacked with {args.norm} {args.eps:g}/255")
 if n < 10000:
-    flags.append(f'{n} images: not comparable with a leaderboard, mind the interval')
-for flag in flags:
-    print(f'note: {flag}')
-with atomic(args.out) as tmp, open(tmp, 'w') as f:
-    json.dump(dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), model=model.config, meta={k: v for k, v in meta.items() if k != 'config'},
-                   dataset=args.dataset, images=f'first {n} of {len(d.y_test)} test images', norm=args.norm, eps=eps, eps_pixels=args.eps,
-                   results=results, flags=flags, args=vars(args), precision='float32', **environment(device)), f, indent=1)
-print(f'{args.out}')
+    notes.append(f'{n} images: not comparable with a leaderboard, mind the interval')
+for note in notes:
+    print(f'note: {note}')
+save(complete=True)
+print(args.out)

@@ -1,7 +1,7 @@
 """
 What a run leaves behind: a folder, a table on the screen, the same figures as JSON lines, files that are whole or absent.
 """
-import contextlib, json, math, os, platform, secrets
+import contextlib, importlib.metadata, json, math, os, platform, secrets
 
 import torch
 
@@ -32,18 +32,23 @@ def new_run(folder):
 
 def environment(device):
     """Versions and hardware: what a number depends on and a command line does not say."""
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {torch.get_num_threads()} threads'
-    return dict(device=name, torch=str(torch.__version__), python=platform.python_version())
+    cuda = device.type == 'cuda'
+    versions = {name: importlib.metadata.version(name) for name in ('torchvision', 'numpy', 'pyautoattack')}
+    return dict(versions, torch=str(torch.__version__), python=platform.python_version(), tf32=cuda and torch.backends.cudnn.allow_tf32,
+                device=torch.cuda.get_device_name(device) if cuda else f'CPU, {torch.get_num_threads()} threads')
 
 class Table:
     """One row per epoch on the screen and in folder/log.jsonl, under the configuration. columns: name -> format."""
     def __init__(self, folder, config, **columns):
         self.path, self.columns = f'{folder}/log.jsonl', columns
-        print(json.dumps(config))
-        print(' '.join(name.rjust(9) for name in columns), flush=True)
+        self.header = ' '.join(name.rjust(9) for name in columns)
+        print(json.dumps(config), flush=True)
         self._append(config)
 
     def row(self, **values):
+        if self.header:
+            print(self.header)
+            self.header = None
         print(' '.join(format(values[name], spec).rjust(9) for name, spec in self.columns.items()), flush=True)
         self._append(values)
 

@@ -38,9 +38,17 @@ def ce(logits, y):
 # -----------------------------------------------------------------------------
 # inner objectives: what the attack climbs. Same rule of names; *_adv is computed in every step, the rest once
 
-def climb_ce(logits_adv, y):            return ce(logits_adv, y)
-def climb_kl(logits_adv, logits):       return kl(logits_adv, logits)
-def climb_mse(logits_adv, logits):      return mse(logits_adv, logits)
+def climb_ce(logits_adv, y):
+    """CE(p', y)"""
+    return ce(logits_adv, y)
+
+def climb_kl(logits_adv, logits):
+    """KL(p || p')"""
+    return kl(logits_adv, logits)
+
+def climb_mse(logits_adv, logits):
+    """MSE(z, z')"""
+    return mse(logits_adv, logits)
 
 # -----------------------------------------------------------------------------
 # losses. First line of a docstring: authors, title; second: the formula: z logits, p softmax, ' on x',
@@ -90,15 +98,17 @@ def logit_mse(logits, logits_adv, t_logits, *, beta=0.2):
 class Method(NamedTuple):
     loss: Callable
     inner: Callable | None          # what the attack climbs; None: no attack
-    init: str = 'uniform'           # where it starts. KL and MSE to the clean output have no gradient at x: 'normal'
+    attack: dict = {}               # PGD settings, where they are not the defaults of train_adv.py
+
+BESIDE = dict(init='normal')        # at x itself KL and MSE to the clean output have no gradient
 
 METHODS = {
     'standard':   Method(standard,   None),
     'pgd_at':     Method(pgd_at,     climb_ce),
-    'trades':     Method(trades,     climb_kl,  'normal'),
-    'hat':        Method(hat,        climb_kl,  'normal'),
-    'softmax_kl': Method(softmax_kl, climb_kl,  'normal'),
-    'logit_mse':  Method(logit_mse,  climb_mse, 'normal'),
+    'trades':     Method(trades,     climb_kl,  BESIDE),
+    'hat':        Method(hat,        climb_kl,  BESIDE),
+    'softmax_kl': Method(softmax_kl, climb_kl,  BESIDE),
+    'logit_mse':  Method(logit_mse,  climb_mse, BESIDE),
 }
 
 def needs(fn):
@@ -107,21 +117,21 @@ def needs(fn):
 
 def hparams(fn):
     """Hyper-parameters of fn and their defaults: its keyword-only arguments. train_adv.py turns each into a flag."""
-    return {p.name: p.default for p in inspect.signature(fn).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    return {p.name: p.default for p in inspect.signature(fn).parameters.values() if p.kind == p.KEYWORD_ONLY} if fn else {}
 
 def needs_teacher(method):
     return any(name.startswith('t_') for name in needs(method.loss) + needs(method.inner))
 
 def table():
-    """METHODS as the README shows it."""
+    """METHODS as the README shows it, made of signatures and docstrings."""
     rows = ['| `--loss` | minimises | its attack climbs | flags | labels | teacher | source |', '|---|---|---|---|---|---|---|']
     for name, method in METHODS.items():
         source, formula = [line.strip() for line in method.loss.__doc__.splitlines()[:2]]
-        flags = ' '.join(f'`--{k}' + ('`' if v is False else f' {v:g}`') for k, v in hparams(method.loss).items())
-        climbs = {None: '-', climb_ce: "CE(p', y)", climb_kl: "KL(p \\|\\| p')", climb_mse: "MSE(z, z')"}[method.inner]
+        climbs = method.inner.__doc__ if method.inner else '-'
+        flags = ' '.join(f'`--{k}`' if v is False else f'`--{k} {v}`' for k, v in hparams(method.loss).items())
         labels = 'y' if 'y' in needs(method.loss) + needs(method.inner) else '**none**'
-        formula = formula.replace('|', '\\|')
-        rows.append(f"| `{name}` | {formula} | {climbs} | {flags or '-'} | {labels} | {'standard' if needs_teacher(method) else '-'} | {source.rstrip('.')} |")
+        cells = (f'`{name}`', formula, climbs, flags or '-', labels, 'standard' if needs_teacher(method) else '-', source.rstrip('.'))
+        rows.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join(rows)
 
 if __name__ == '__main__':

@@ -247,8 +247,8 @@ def amp_dtype(amp, device):
 # checkpoints
 
 def fingerprint(net):
-    """sha256 of the weights, the first 16 hex digits. The same weights have the same fingerprint in any file."""
-    digest = hashlib.sha256()
+    """sha256 of weights and normalisation, the first 16 hex digits: the same function has the same one in any file."""
+    digest = hashlib.sha256(repr((net.config['mean'], net.config['std'])).encode())
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -261,11 +261,8 @@ def save_checkpoint(path, net, **meta):
         except RuntimeError as e:           # torch.save's word for a full disk
             raise OSError(str(e)) from e
 
-def load_checkpoint(path, name=None, num_classes=None, **options):
-    """
-    -> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state dict, bare or under
-    one of the usual keys, and needs build()'s arguments; its meta is {}. Always strict. Raises ValueError, one line.
-    """
+def read(path):
+    """What torch.save wrote to path, on the CPU. Raises ValueError for anything else, one line that says what it is."""
     try:
         with open(path, 'rb') as f:
             head = f.read(64).lstrip()
@@ -274,18 +271,28 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
     if head.startswith(b'<'):
         raise ValueError(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
     try:
-        ckpt = torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:          # zip, pickle, EOF, EINVAL: whatever a truncated or foreign file provokes in torch.load
+        if 'Unsupported' in str(e):
+            raise ValueError(f'{path} holds Python objects beside tensors and is not unpickled: save its state dict alone') from e
         raise ValueError(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
+
+def load_checkpoint(path, name=None, num_classes=None, **options):
+    """
+    -> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state dict, bare or under
+    one of the usual keys, and needs build()'s arguments; its meta is {}. Always strict. Raises ValueError, one line.
+    """
+    ckpt = read(path)
     if not isinstance(ckpt, dict):
         raise ValueError(f'{path} holds a {type(ckpt).__name__}, not a state dict')
     config = ckpt.get('config')
+    ours = isinstance(config, dict) and set(config) == {'name', 'num_classes', 'width', 'mean', 'std'}
     weights = next((ckpt[k] for k in ('state_dict', 'model_state_dict', 'model', 'net') if isinstance(ckpt.get(k), dict)), ckpt)
     weights = {re.sub(r'^((module|_orig_mod)\.)+', '', str(k)): v for k, v in weights.items()
                if 'sub_block1.' not in str(k)}        # the TRADES code builds this block and never calls it
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ValueError(f'{path} is a PyTorch file but no state dict')
-    if config is None:
+    if not ours:
         if name is None:
             raise ValueError(f'{path} holds weights only: name their architecture with --model (and --width)')
         config = dict(name=name, num_classes=num_classes, **options)
@@ -298,4 +305,4 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
         raise ValueError(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: {len(wrong)} entries '
                          f'differ, the first: {wrong[0]}')
     net.load_state_dict(weights)
-    return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if 'config' in ckpt else {}
+    return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if ours else {}

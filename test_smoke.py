@@ -2,7 +2,7 @@
 What this repository claims, checked in under 90 seconds on two cores: python test_smoke.py (or pytest).
 Slower and rarer claims: pytest tests
 """
-import inspect, json, math, os, pathlib, re, runpy, shlex, subprocess, sys
+import inspect, json, math, pathlib, re, runpy, shlex, subprocess, sys, types
 
 import numpy as np
 import pytest
@@ -143,10 +143,10 @@ def test_self_alignment_has_no_gradient_at_x(net):
     """Why the attacks of TRADES and its family start beside x."""
     with attacks.attack_mode(net):
         z = net(X).detach()
-        for objective, init in ((losses.climb_kl, METHODS['trades'].init), (losses.climb_mse, METHODS['logit_mse'].init)):
+        for objective, method in ((losses.climb_kl, METHODS['trades']), (losses.climb_mse, METHODS['logit_mse'])):
             x = X.clone().requires_grad_()
             grad, = torch.autograd.grad(objective(net(x), z).sum(), x)
-            assert grad.abs().max() < 1e-6 and init == 'normal'
+            assert grad.abs().max() < 1e-6 and method.attack['init'] == 'normal'
 
 def test_cw_margin_by_hand():
     assert attacks.cw_margin(torch.tensor([[1., 5., 3.], [4., 0., 1.]]), torch.tensor([1, 2])).tolist() == [-2., 3.]
@@ -178,11 +178,25 @@ def test_crop_flip_equals_loops():
         assert any((image == v).all() for v in views)
     assert not torch.equal(out, x)
 
-def test_holdout_is_disjoint_and_the_same_for_every_subset():
-    whole, part = data.load('digits'), data.load('digits', subset=100)
-    assert torch.equal(whole.x_val, part.x_val) and len(part.x_train) == 100 and len(whole.x_val) == 134
-    assert len(whole.x_train) + len(whole.x_val) + len(whole.x_test) == 1797
-    assert len(whole.x_test) == 449 and whole.x_test.dtype == torch.uint8 and whole.x_test.shape[1:] == (32, 32, 3)
+def numbered(folder, n):
+    """An npz of n training images whose first two bytes are their number."""
+    x = np.zeros((n, 8, 8, 3), np.uint8)
+    x[:, 0, 0, 0], x[:, 0, 0, 1] = np.arange(n) % 256, np.arange(n) // 256
+    np.savez(folder / 'numbered.npz', x_train=x, y_train=np.arange(n) % 10, x_test=x[:10], y_test=np.arange(10))
+
+@pytest.mark.parametrize('n, held_out', [(300, 30), (12000, 1000)])
+def test_holdout_is_disjoint_and_the_same_for_every_subset(n, held_out, tmp_path):
+    numbered(tmp_path, n)
+    number = lambda x: set((x[:, 0, 0, 0].long() + 256 * x[:, 0, 0, 1].long()).tolist())
+    whole, part = data.load('numbered', tmp_path), data.load('numbered', tmp_path, subset=50)
+    assert number(whole.x_val) == number(part.x_val) and len(number(whole.x_val)) == held_out
+    assert number(whole.x_train) | number(whole.x_val) == set(range(n)) and not number(whole.x_train) & number(whole.x_val)
+    assert sorted(number(whole.x_train))[:50] == sorted(number(part.x_train))
+
+def test_digits_are_the_real_ones():
+    d = data.load('digits')
+    assert len(d.x_train) + len(d.x_val) + len(d.x_test) == 1797 and d.x_test.shape == (449, 32, 32, 3) and d.x_test.dtype == torch.uint8
+    assert d.x_test.max() == 255 and torch.equal(d.x_test[:, ::4, ::4], d.x_test[:, 3::4, 3::4])       # 4x4 blocks
 
 def test_batches_are_seeded_and_in_range():
     d = data.load('synthetic', subset=100)
@@ -237,7 +251,7 @@ def run(script, *argv):
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp('teacher')
-    run('train_teacher.py', *TINY, '--epochs', 2, '--out', out)
+    run('train_teacher.py', '--dataset', 'synthetic', '--width', 4, '--epochs', 6, '--out', out)
     return out / 'best.pt'
 
 @pytest.mark.parametrize('loss', METHODS)
@@ -246,37 +260,69 @@ def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
     flags = ['--teacher', teacher] if losses.needs_teacher(METHODS[loss]) else []
     script = run('train_adv.py', '--loss', loss, *TINY, *flags, '--epochs', 1, '--steps', 2, '--out', tmp_path)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert log[0]['loss'] == loss and log[0]['torch'] == torch.__version__ and math.isfinite(log[1]['loss']) and len(log) == 2
+    assert log[0]['loss'] == loss and log[0]['torch'] == str(torch.__version__) and math.isfinite(log[1]['loss']) and len(log) == 2
     for name in ('best.pt', 'last.pt'):
         net, meta = models.load_checkpoint(tmp_path / name)
         assert meta['loss'] == loss and meta['hparams'] == hparams(METHODS[loss].loss) and meta['eps'] == 8
+    torch.manual_seed(0)
+    assert models.fingerprint(net) != models.fingerprint(models.build('resnet18', 10, width=4))         # the student moved
     if script['teacher'] is not None:
         assert all(p.grad is None and not p.requires_grad for p in script['teacher'].parameters())
         assert models.fingerprint(script['teacher']) == meta['teacher']['fingerprint'] == models.fingerprint(models.load_checkpoint(teacher)[0])
         assert teacher.read_bytes() == before
     assert all(p.grad is None for p in script['student'].parameters()) and script['student'].conv1.weight.requires_grad
 
-def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys):
-    run('evaluate.py', teacher, '--n', 12, '--attacks', 'fgsm', 'pgd', 'cw', 'apgd-ce', '--out', tmp_path / 'e.json')
-    report, screen = json.loads((tmp_path / 'e.json').read_text()), capsys.readouterr().out
-    assert list(report['results']) == ['clean', 'fgsm', 'pgd-20', 'cw-20', 'apgd-ce', 'all of the above']
-    for name, r in report['results'].items():
-        assert re.search(rf'^{re.escape(name)} +{r["accuracy"]:.2f} ', screen, re.M)
-        assert r['accuracy'] <= report['results']['clean']['accuracy'] and r['n'] == 12
-        assert r['max_perturbation'] is None or r['max_perturbation'] <= 8.001
-        assert r['class_mean'] == pytest.approx(np.mean(list(r['per_class'].values()))) and r['class_std'] == pytest.approx(np.std(list(r['per_class'].values())))
+def test_best_is_selected_by_pgd_or_for_standard_training_by_clean_accuracy(tmp_path):
+    for loss, figure in (('standard', 'val_clean'), ('pgd_at', 'val_pgd20')):
+        run('train_adv.py', '--loss', loss, *TINY, '--epochs', 3, '--steps', 1, '--out', tmp_path / loss)
+        rows = [json.loads(line) for line in (tmp_path / loss / 'log.jsonl').read_text().splitlines()][1:]
+        _, meta = models.load_checkpoint(tmp_path / loss / 'best.pt')
+        assert meta[figure] == max(row[figure] for row in rows) == rows[meta['epoch'] - 1][figure]
+        assert models.load_checkpoint(tmp_path / loss / 'last.pt')[1]['epoch'] == 3
 
-def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
-    """The third batch of the second epoch turns to NaN: epoch and batch are named, epoch 1 is what the folder holds."""
-    calls, ce = [], F.cross_entropy
-    def breaks(logits, y, reduction='mean', **kw):
-        calls.append(reduction)
-        return ce(logits, y, reduction=reduction, **kw) * (float('nan') if calls.count('mean') == 5 else 1)
-    monkeypatch.setattr(F, 'cross_entropy', breaks)
+def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys):
+    script = run('evaluate.py', teacher, '--n', 40, '--eps', 64, '--attacks', 'fgsm', 'pgd', 'cw', '--out', tmp_path / 'e.json')
+    report, screen = json.loads((tmp_path / 'e.json').read_text()), capsys.readouterr().out
+    results = report['results']
+    assert list(results) == ['clean', 'fgsm', 'pgd-20', 'cw-20', 'all of the above'] and report['complete']
+    for name, r in results.items():
+        assert re.search(rf'^{re.escape(name)} +{r["accuracy"]:.2f} ', screen, re.M) and r['n'] == 40
+        assert r['max_perturbation'] is None or 32 < r['max_perturbation'] <= 64.01
+        assert r['class_std'] == pytest.approx(np.std(list(r['per_class'].values())))
+    net, d = models.load_checkpoint(teacher)[0], data.load('synthetic')
+    clean = (net(data.to_float(d.x_test[:40])).argmax(1) == d.y_test[:40]).float().mean().item()
+    assert results['clean']['accuracy'] == pytest.approx(100 * clean) and clean > 0.2
+    assert results['all of the above']['accuracy'] <= results['pgd-20']['accuracy'] < results['clean']['accuracy']
+
+def fails_at(call, fn):
+    """fn, whose result turns to NaN in that call."""
+    calls = iter(range(1, 1000))
+    return lambda *args: fn(*args) * (float('nan') if next(calls) == call else 1)
+
+@pytest.mark.parametrize('script', ['train_adv.py', 'train_teacher.py'])
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(script, tmp_path, monkeypatch):
+    """64 images in batches of 32 are two batches an epoch: the sixth loss is the last of epoch 3."""
+    flags = [*TINY, '--epochs', 4, '--out', tmp_path]
+    if script == 'train_adv.py':
+        monkeypatch.setattr(losses, 'ce', fails_at(6, losses.ce))               # trades calls it once a batch
+        flags += ['--loss', 'trades', '--steps', 1]
+    else:
+        mean_ce = fails_at(6, F.cross_entropy)
+        monkeypatch.setattr(F, 'cross_entropy', lambda x, y, reduction=None: mean_ce(x, y) if reduction is None else ce(x, y, reduction=reduction))
     with pytest.raises(SystemExit) as e:
-        run('train_teacher.py', *TINY, '--epochs', 3, '--out', tmp_path)        # 64 images, batch 32: two batches an epoch
-    assert 'non-finite loss in epoch 3, batch 1' in str(e.value) and '\n' not in str(e.value)
+        run(script, *flags)
+    assert 'non-finite loss in epoch 3, batch 2' in str(e.value) and '\n' not in str(e.value)
     assert models.load_checkpoint(tmp_path / 'last.pt')[1]['epoch'] == 2
+
+ce = F.cross_entropy
+
+def test_half_a_teacher_is_not_taken(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = 'runs/synthetic-resnet18-w4-n64-teacher'
+    models.save_checkpoint(f'{folder}/last.pt', models.build('resnet18', 10, width=4), dataset='synthetic', epoch=3, run=dict(epochs=9))
+    with pytest.raises(SystemExit):
+        run('train_adv.py', *TINY, '--out', tmp_path / 'out')
+    assert f'the teacher in {folder} is at epoch 3 of 9' in capsys.readouterr().err
 
 BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss trade', "choose from 'standard'"),
@@ -293,13 +339,22 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--teacher {tmp}/classes.pt', 'knows 7 classes, synthetic has 10'),
     ('train_adv.py', '--teacher {tmp}/list.pt', 'holds a list, not a state dict'),
     ('train_adv.py', '--loss trades --out /proc/nowhere', 'cannot write /proc/nowhere'),
-    ('train_adv.py', '--subset 999999', 'has 1152 training images'),
-    ('train_teacher.py', '--epochs 0', '--epochs 0: at least 1'),
-    ('train_teacher.py', '--lr nan', '--lr nan: at least 0'),
+    ('train_adv.py', '--subset 999999', 'has 576 training images'),
+    ('train_adv.py', '--step-size 0.007', 'in pixels'),
+    ('train_adv.py', '--beta nan', '--beta nan: a number'),
+    ('train_adv.py', '--lr inf', '--lr inf: a number'),
+    ('train_adv.py', '--loss trades --teacher {tmp}/bare.pt', '--loss trades takes no --teacher'),
+    ('train_adv.py', '--teacher {tmp}/object.pt', 'save its state dict alone'),
+    ('train_teacher.py', '--epochs 0', '--epochs 0: a number, at least 1'),
+    ('train_teacher.py', '--lr nan', '--lr nan: a number, at least 0'),
     ('evaluate.py', '{tmp}/none.pt', 'No such file'),
     ('evaluate.py', '{tmp}/bare.pt', 'name their architecture with --model'),
     ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18', 'does not fit resnet18'),
     ('evaluate.py', '{tmp}/classes.pt --dataset synthetic', 'knows 7 classes, synthetic has 10'),
+    ('evaluate.py', '{tmp}/html.pt', 'web page'),
+    ('evaluate.py', '{tmp}/nothing.pt --model resnet18', 'No such file'),
+    ('evaluate.py', '{tmp}/classes.pt --model resnet18', 'says itself what it is'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18 --width 4 --out {tmp}', 'Is a directory'),
     ('evaluate.py', '{tmp}/classes.pt --attacks pdg', "invalid choice: 'pdg'"),
 ]
 
@@ -309,6 +364,7 @@ def broken(tmp_path_factory, teacher):
     (tmp / 'html.pt').write_text('<!DOCTYPE html><html>404</html>')
     (tmp / 'truncated.pt').write_bytes(teacher.read_bytes()[:5000])
     torch.save([1, 2], tmp / 'list.pt')
+    torch.save(dict(state_dict={}, args=types.SimpleNamespace()), tmp / 'object.pt')
     torch.save(models.load_checkpoint(teacher)[0].state_dict(), tmp / 'bare.pt')
     models.save_checkpoint(tmp / 'classes.pt', models.build('resnet18', 7, width=4), dataset='synthetic')
     return tmp
@@ -332,6 +388,7 @@ BAD_NPZ = [
     (lambda a: a.update(y_train=a['y_train'][:-1]), 'one per image'),
     (lambda a: a.update(y_test=a['y_test'] + 1), 'outside the classes 0 to 3'),
     (lambda a: a.update(y_train=a['y_train'] - 1), 'outside the classes'),
+    (lambda a: a.update(y_train=a['y_train'].astype(object)), 'not an npz file of plain arrays'),
 ]
 
 @pytest.mark.parametrize('damage, says', BAD_NPZ, ids=[says for _, says in BAD_NPZ])
@@ -360,7 +417,7 @@ def test_readme_example_runs():
         net, teacher = models.build('resnet18', 10, width=4), models.build('resnet18', 10, width=4).eval().requires_grad_(False)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         before = models.fingerprint(net)
-        exec(code, dict(model=net, teacher=teacher, optimizer=optimizer, loader=[(X, Y)], F=F, torch=torch))
+        exec(code, dict(model=net, teacher=teacher, optimizer=optimizer, loader=[(X, Y)]))
         assert models.fingerprint(net) != before and all(p.grad is None for p in teacher.parameters())
 
 def test_readme_commands_run(tmp_path):
@@ -376,7 +433,7 @@ def test_readme_commands_run(tmp_path):
         script, *argv = shlex.split(command.replace('cifar10-resnet18', 'cifar10-resnet18-w4'), comments=True)[1:]
         if script in ('test_smoke.py', 'losses.py'):
             continue
-        if 'digits' not in command:
+        if 'digits' not in command and 'runs/' not in command:
             argv += ['--width', '4']
         argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'train_adv.py': '--epochs 1 --steps 1'}[script].split()
         done = subprocess.run([sys.executable, str(HERE / script), *argv], cwd=tmp_path, capture_output=True, text=True)

@@ -12,6 +12,7 @@ Numbers that came out of it, with hardware and minutes: README.md and results/.
 import argparse, os, subprocess, sys, time
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import attacks, data, models
@@ -27,7 +28,7 @@ parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\
 parser.add_argument('--loss', default='logit_mse', choices=METHODS, help='see the table in README.md')
 data.add_args(parser); models.add_args(parser); attacks.add_args(parser)
 parser.add_argument('--steps', type=int, default=10, help='of the attack in training')
-parser.add_argument('--init', choices=['uniform', 'normal', 'zero'], help="where the attack starts (default: the loss's)")
+parser.add_argument('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='where it starts (TRADES and kin: normal)')
 parser.add_argument('--attack-bn', default='eval', choices=['eval', 'train'], help='BN mode while the attack is crafted')
 g = parser.add_argument_group('training')
 g.add_argument('--teacher', metavar='PT', help="frozen standard teacher (default: this dataset and model's, trained if need be)")
@@ -50,42 +51,53 @@ method = METHODS[first.loss]
 g = parser.add_argument_group(f'hyper-parameters of {first.loss}')
 for name, default in hparams(method.loss).items():
     kind = dict(action='store_true') if default is False else dict(type=type(default))
-    g.add_argument(f'--{name}', default=default, help=f'default {default:g}', **kind)
+    g.add_argument(f'--{name}', default=default, help=f'default {default}', **kind)
 try:
     defaults = data.row(first.dataset, first.data_dir)
 except ValueError as e:
     parser.error(e)
-parser.set_defaults(init=method.init, **{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
+parser.set_defaults(**method.attack, **{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
 args, unknown = parser.parse_known_args()
 if unknown:
     parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '
                  + (' '.join(f'--{k}' for k in hparams(method.loss)) or 'no hyper-parameter'))
 hp = {k: getattr(args, k) for k in hparams(method.loss)}
-for flag, low in (('epochs', 1), ('batch_size', 2), ('steps', 1), ('lr', 0), ('weight_decay', 0)):
-    if not getattr(args, flag) >= low:
-        parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: at least {low}')
+if args.teacher and not needs_teacher(method):
+    parser.error(f'--loss {args.loss} takes no --teacher')
+for flag, low in dict(epochs=1, batch_size=2, steps=1, lr=0, weight_decay=0, **{k: 0 for k in hp}).items():
+    if not low <= getattr(args, flag) < float('inf'):
+        parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, at least {low}')
 
 # -----------------------------------------------------------------------------
 # device, precision, data, models, output: everything that can be wrong with the input is wrong here, before any work
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-torch.backends.cudnn.benchmark = True
-torch.set_float32_matmul_precision('high')
-task = data.task(args)
 teacher, teacher_meta = None, None
 try:
-    attacks.resolve_args(args, defaults['eps'])
     dtype = amp_dtype(args.amp, device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = dtype is not None             # --amp off is fp32, not TF32
+    torch.set_float32_matmul_precision('high' if dtype else 'highest')
+    attacks.resolve_args(args, defaults['eps'])
+    with torch.device('meta'):
+        models.build(args.model, 10, width=args.width)
+    if args.teacher:
+        models.read(args.teacher)
+    task, tags = data.task(args), '-'.join(f'{k}{v}' for k, v in hp.items() if v)
+    args.out = args.out or f'runs/{"-".join(filter(None, [task, args.loss, tags]))}-s{args.seed}'
+    new_run(args.out)
     d = data.load(args.dataset, args.data_dir, subset=args.subset, device=device)
     mean, std = d.statistics() if args.normalize else (None, None)
     torch.manual_seed(args.seed)
     student = models.build(args.model, d.classes, width=args.width, mean=mean, std=std)
-    args.out = args.out or f'runs/{task}-{"-".join([args.loss, *(f"{k}{v:g}" for k, v in hp.items() if v)])}-s{args.seed}'
-    new_run(args.out)
     if needs_teacher(method):
         if args.teacher is None:                        # section 3: "it is feasible to train our own teacher model"
             folder = f'runs/{task}-teacher'
             args.teacher = f'{folder}/best.pt'
             if os.path.exists(f'{folder}/last.pt'):
+                last = load_checkpoint(f'{folder}/last.pt')[1]
+                if last['epoch'] < last['run']['epochs']:
+                    raise ValueError(f'the teacher in {folder} is at epoch {last["epoch"]} of {last["run"]["epochs"]}: '
+                                     f'wait for it or delete the folder, or pass --teacher {args.teacher} as it is')
                 print(f'no --teacher: taking {args.teacher}, trained earlier', flush=True)
             else:
                 print(f'no --teacher, and none in {folder}: training it first', flush=True)
@@ -94,7 +106,7 @@ try:
                 flags += ['--normalize'] * args.normalize + ['--compile'] * args.compile + [f'--out={folder}']
                 script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_teacher.py')
                 if status := subprocess.run([sys.executable, script, *flags]).returncode:
-                    sys.exit(status)
+                    sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')
         teacher, meta = load_checkpoint(args.teacher, args.teacher_model or args.model, d.classes)
         if teacher.config['num_classes'] != d.classes:
             raise ValueError(f'{args.teacher} knows {teacher.config["num_classes"]} classes, {args.dataset} has {d.classes}')
@@ -104,12 +116,14 @@ try:
         teacher_meta = dict(path=args.teacher, fingerprint=fingerprint(teacher))
 except ValueError as e:
     parser.error(e)
+except KeyboardInterrupt:
+    sys.exit('\nstopped before the first epoch')
 student = student.to(device, memory_format=models.layout(device))
 
 # speed: deletable, the rest does not know
-net = student
+net, guide = student, teacher
 if args.compile:
-    net, teacher = torch.compile(net), teacher and torch.compile(teacher)
+    net, guide = torch.compile(student), teacher and torch.compile(teacher)
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -134,18 +148,19 @@ def craft(x, y, steps=args.steps):
     if method.inner is None:
         return x
     scale = 2.0 ** 10 if dtype is torch.float16 else 1.0        # the gradient of a confident logit is 0 in fp16
-    once = dict(y=lambda: y, logits=lambda: logits_of(net, x), t_logits=lambda: logits_of(teacher, x))
-    live = dict(logits_adv=lambda x_adv: logits_of(net, x_adv), t_logits_adv=lambda x_adv: logits_of(teacher, x_adv))
+    once = dict(y=lambda: y, logits=lambda: logits_of(net, x), t_logits=lambda: logits_of(guide, x))
+    live = dict(logits_adv=lambda x_adv: logits_of(net, x_adv), t_logits_adv=lambda x_adv: logits_of(guide, x_adv))
     names = needs(method.inner)
     with attack_mode(student, bn=args.attack_bn):
         with torch.no_grad():
             fixed = {k: once[k]() for k in names if k in once}
-        climb = lambda x_adv: scale * method.inner(**fixed, **{k: live[k](x_adv) for k in names if k in live})
+        inner_hp = {k: hp[k] for k in hparams(method.inner)}
+        climb = lambda x_adv: scale * method.inner(**fixed, **{k: live[k](x_adv) for k in names if k in live}, **inner_hp)
         return pgd(climb, x, eps=args.eps / 255, step_size=args.step_size / 255, steps=steps, init=args.init, norm=args.norm)
 
 def loss_on(x, x_adv, y):
     """method.loss, (B,). Every name a loss may ask for is here; those it asks for are computed, in the order it asks."""
-    teach = torch.no_grad()(lambda x: logits_of(teacher, x))
+    teach = torch.no_grad()(lambda x: logits_of(guide, x))
     forward = dict(
         y             = lambda: y,
         logits        = lambda: logits_of(net, x),
@@ -156,34 +171,39 @@ def loss_on(x, x_adv, y):
     )
     return method.loss(**{k: forward[k]() for k in needs(method.loss)}, **hp)
 
-def validate(net, n=None):
-    """clean and PGD-20 accuracy in percent on (the first n of) the held-out training images, and the mean clean CE."""
+def validate(model, n=None):
+    """
+    Clean and PGD-20 accuracy in percent on (the first n of) the held-out training images, and the mean clean CE; eager
+    and without autocast, which starves the attack on a confident network of gradients.
+    """
     hits = torch.zeros(3, device=device)
-    x_val, y_val = d.x_val[:n], d.y_val[:n]
-    with attack_mode(net):
-        for x, y in data.batches(x_val, y_val, 500):
-            ce = lambda x: torch.nn.functional.cross_entropy(logits_of(net, x), y, reduction='none')
+    with attack_mode(model):
+        for x, y in data.batches(d.x_val[:n], d.y_val[:n], 500):
+            ce = lambda x: F.cross_entropy(model(x), y, reduction='none')
             x_adv = pgd(ce, x, eps=args.eps / 255, step_size=args.eps / 4 / 255, steps=20, norm=args.norm)
             with torch.no_grad():
-                hits += torch.stack([(logits_of(net, x).argmax(1) == y).sum(), (logits_of(net, x_adv).argmax(1) == y).sum(), ce(x).sum()])
-    clean, robust, loss = (hits / len(y_val)).tolist()
+                logits = model(x)
+                clean, robust = (logits.argmax(1) == y).sum(), (model(x_adv).argmax(1) == y).sum()
+                hits += torch.stack([clean, robust, F.cross_entropy(logits, y, reduction='sum')])
+    clean, robust, loss = (hits / len(d.y_val[:n])).tolist()
     return 100 * clean, 100 * robust, loss
 
 # -----------------------------------------------------------------------------
 # the configuration, then the table
 if teacher is not None:
-    n = min(200, len(d.y_val))
+    n = min(100, len(d.y_val))
     clean, robust, _ = validate(teacher, n)
     teacher_meta.update(val_clean=clean, val_pgd20=robust, val_n=n)
     print(f'teacher {args.teacher} ({teacher_meta["fingerprint"]}): {clean:.1f} % clean, {robust:.1f} % under PGD-20 '
           f'on {n} held-out images')
 config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train), val_images=len(d.y_val),
               teacher_meta=teacher_meta, precision=str(dtype or torch.float32), **environment(device))
-print(f'eps {args.eps:g}/255 = {args.eps / 255:.5f}, step {args.step_size:g}/255, PGD-{args.steps}; {len(d.y_train)} images, '
-      f'{len(d.y_val)} more held out')
+rule = f'{"PGD-20" if method.inner else "clean accuracy"} on {len(d.y_val)} held-out training images'
 epoch, best, started = 0, -1.0, time.perf_counter()
 try:
     table = Table(args.out, config, epoch='d', lr='.4f', loss='.4f', val_clean='.2f', val_pgd20='.2f', img_per_s='.0f', min_left='.1f')
+    print(f'eps {args.eps:g}/255 = {args.eps / 255:.5f}, step {args.step_size:g}/255, PGD-{args.steps}; {len(d.y_train)} images, '
+          f'{len(d.y_val)} more held out')
     for epoch in range(1, args.epochs + 1):
         student.train()
         t0, losses = time.perf_counter(), []
@@ -205,9 +225,10 @@ try:
                   img_per_s=img_per_s, min_left=(time.perf_counter() - started) / epoch * (args.epochs - epoch) / 60)
         meta = dict(loss=args.loss, hparams=hp, dataset=args.dataset, eps=args.eps, norm=args.norm, epoch=epoch,
                     val_clean=clean, val_pgd20=robust, teacher=teacher_meta, run=config)
-        if robust > best:                           # held-out training images: the test set takes no part
-            best = robust
-            save_checkpoint(f'{args.out}/best.pt', student, selected_by=f'PGD-20 on {len(d.y_val)} held-out training images', **meta)
+        score = robust if method.inner else clean   # on held-out training images: the test set takes no part
+        if score > best:
+            best = score
+            save_checkpoint(f'{args.out}/best.pt', student, selected_by=rule, **meta)
         save_checkpoint(f'{args.out}/last.pt', student, selected_by='last epoch', **meta)
     table.curves('val_clean', 'val_pgd20')
 except OSError as e:

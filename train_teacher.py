@@ -39,23 +39,26 @@ except ValueError as e:
     parser.error(e)
 parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size')}, epochs=defaults.get('teacher_epochs', 100))
 args = parser.parse_args()
-for flag, low in (('epochs', 1), ('batch_size', 2), ('lr', 0), ('weight_decay', 0)):
-    if not getattr(args, flag) >= low:
-        parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: at least {low}')
+for flag, low in dict(epochs=1, batch_size=2, lr=0, weight_decay=0).items():
+    if not low <= getattr(args, flag) < float('inf'):
+        parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, at least {low}')
 
 # -----------------------------------------------------------------------------
 # device, precision, data, model, output: everything that can be wrong with the input is wrong here, before any work
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-torch.backends.cudnn.benchmark = True
-torch.set_float32_matmul_precision('high')
 try:
     dtype = amp_dtype(args.amp, device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = dtype is not None             # --amp off is fp32, not TF32
+    torch.set_float32_matmul_precision('high' if dtype else 'highest')
+    with torch.device('meta'):
+        models.build(args.model, 10, width=args.width)
+    args.out = args.out or f'runs/{data.task(args)}-teacher'
+    new_run(args.out)
     d = data.load(args.dataset, args.data_dir, subset=args.subset, device=device)
     mean, std = d.statistics() if args.normalize else (None, None)
     torch.manual_seed(args.seed)
     model = models.build(args.model, d.classes, width=args.width, mean=mean, std=std)
-    args.out = args.out or f'runs/{data.task(args)}-teacher'
-    new_run(args.out)
 except ValueError as e:
     parser.error(e)
 model = model.to(device, memory_format=models.layout(device))
@@ -79,11 +82,11 @@ def logits_of(net, x):
 
 @torch.no_grad()
 def validate():
-    """Accuracy in percent and mean CE on the held-out training images."""
+    """Accuracy in percent and mean CE on the held-out training images; eager, without autocast."""
     model.eval()
     hits = torch.zeros(2, device=device)
     for x, y in data.batches(d.x_val, d.y_val, 500):
-        logits = logits_of(model, x)
+        logits = model(x)
         hits += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction='sum')])
     clean, loss = (hits / len(d.y_val)).tolist()
     return 100 * clean, loss

@@ -36,11 +36,12 @@ def test_compiled_and_bf16_equal_eager(teacher, tmp_path):
                                    '--attack-bn train', '--init uniform'])
 def test_other_settings_train_and_evaluate(flags, teacher, tmp_path):
     run('train_adv.py', '--loss', 'logit_mse', '--teacher', teacher, *TINY, *flags.split(), '--epochs', 1, '--steps', 2, '--out', tmp_path)
-    script = run('evaluate.py', tmp_path / 'best.pt', '--n', 4, '--attacks', 'pgd', *(['--norm', 'L2'] if 'L2' in flags else []))
+    script = run('evaluate.py', tmp_path / 'best.pt', '--n', 4, '--attacks', 'pgd')
     net, meta = models.load_checkpoint(tmp_path / 'last.pt')
     assert meta['norm'] == ('L2' if 'L2' in flags else 'Linf')
     assert (net.config['mean'] is not None) == ('--normalize' in flags)
-    assert not any('trained against' in flag for flag in script['flags'])
+    assert script['args'].norm == meta['norm'] and script['args'].eps == (128 if 'L2' in flags else 8)
+    assert not any('trained against' in note for note in script['notes'])
 
 def test_seeded_runs_are_equal_and_seeds_differ(teacher, tmp_path):
     weights = []
