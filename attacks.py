@@ -4,8 +4,8 @@ Attacks for training and for quick evaluation. Images are fp32 in [0, 1]; the mo
     with attack_mode(net):
         x_adv = pgd(lambda x_adv: cross_entropy(net(x_adv), y), x, eps=8/255, step_size=2/255, steps=10)
 
-The objective returns one value per image, (B,), and pgd climbs their sum: images are independent, and the step of one
-does not depend on the size of the batch.
+The objective returns one value per image, (B,), and pgd climbs their sum: images are independent, and the
+step of one does not depend on the size of the batch.
 """
 from contextlib import contextmanager
 
@@ -17,11 +17,11 @@ def norms(d):
 
 def start(x, *, eps, init, norm):
     """The first x_adv: 'uniform' in the ball, 'normal' (TRADES: x + 0.001 N(0,1)), or 'zero' (x itself)."""
-    if init == 'normal':                    # at x itself the gradient of KL(f(x), f(x')) and of MSE is exactly zero
+    if init == 'normal':            # at x itself the gradient of KL(f(x), f(x')) and of MSE is exactly zero
         x_adv = x + 0.001 * torch.randn_like(x)
     elif init == 'uniform' and norm == 'Linf':
         x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
-    elif init == 'uniform':                 # in the L2 ball: a direction, and the d-th root of a uniform radius
+    elif init == 'uniform':         # in the L2 ball: a direction, and the d-th root of a uniform radius
         d = torch.randn_like(x)
         radius = torch.rand(len(x), 1, 1, 1, device=x.device) ** (1 / x[0].numel())
         x_adv = x + eps * radius * d / norms(d)
@@ -33,10 +33,11 @@ def start(x, *, eps, init, norm):
 
 def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', norm='Linf', restarts=1):
     """
-    Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb objective(x_adv) -> (B,) within
-    the ball of radius eps around x (B,C,H,W), and within [0, 1]. eps, step_size: in units of [0, 1]. norm: 'Linf' (signed
-    step) or 'L2' (normalised step). Returns the last iterate or, of several restarts, each image's best; fp32, detached.
-    Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps.
+    Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb
+    objective(x_adv) -> (B,) within the ball of radius eps around x (B,C,H,W), and within [0, 1]. eps,
+    step_size: in units of [0, 1]. norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last
+    iterate or, of several restarts, each image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of
+    1/256 near 1, an eighth of eps.
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
@@ -66,20 +67,23 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     return best
 
 def fgsm(objective, x, *, eps=8/255, norm='Linf'):
-    """Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples": PGD of one full step from x."""
+    """Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples":
+    PGD of one full step from x."""
     return pgd(objective, x, eps=eps, step_size=eps, steps=1, init='zero', norm=norm)
 
 def cw_margin(logits, y):
-    """Carlini & Wagner 2017, the f6 objective without its clip: best wrong logit minus the right one, (B,). > 0: fooled."""
+    """Carlini & Wagner 2017, the f6 objective without its clip: best wrong logit minus the right one, (B,).
+    > 0: fooled."""
     right = logits.gather(1, y[:, None])[:, 0]
     return logits.scatter(1, y[:, None], float('-inf')).amax(1) - right
 
 @contextmanager
 def attack_mode(model, bn='eval'):
     """
-    For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients in every
-    step), and BN either in 'eval' mode, its running statistics, or in 'train' mode, the statistics of the attacked batch
-    (Madry, Rice, ARD, IAD). The running statistics never move here; in those papers' code they do. All is restored after.
+    For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients
+    in every step), and BN either in 'eval' mode, its running statistics, or in 'train' mode, the statistics
+    of the attacked batch (Madry, Rice, ARD, IAD). The running statistics never move here; in those papers'
+    code they do. All is restored after.
     """
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
@@ -103,15 +107,19 @@ def add_args(parser):
     g.add_argument('--norm', default='Linf', choices=['Linf', 'L2'])
 
 def resolve_args(args, eps):
-    """Fill in the defaults (eps: the dataset's, in pixels) and refuse the two classic slips. Raises ValueError."""
+    """Fill in the defaults (eps: the dataset's, in pixels) and refuse the two classic slips.
+    Raises ValueError."""
     if args.eps is None:
         args.eps = eps if args.norm == 'Linf' else 128.0        # 128/255, the 0.5 of the L2 literature
     if args.step_size is None:
         args.step_size = args.eps / 4
     if 0 < args.eps < 1:                # 0.03, 0.3: a fraction of the range; 0.031: somebody's 8/255
-        hint = '0.031 is 7.9/255, not 8/255' if 0.031 <= args.eps < 0.0315 else f'{args.eps:g} of the range is {args.eps * 255:g}'
+        hint = ('0.031 is 7.9/255, not 8/255' if 0.031 <= args.eps < 0.0315 else
+                f'{args.eps:g} of the range is {args.eps * 255:g}')
         raise ValueError(f'--eps {args.eps:g}: eps is in pixels, 0 to 255; {hint}; for 8/255 write --eps 8')
     if not 1 <= args.eps <= 255:
         raise ValueError(f'--eps {args.eps:g}: pixels, 1 to 255')
-    if not args.eps / 100 <= args.step_size <= 255:             # 0.007, 0.003: a fraction again, and an attack that stands still
-        raise ValueError(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; 2/255 is 2, 0.007 is 1.8')
+    # 0.007, 0.003: a fraction again, and an attack that stands still
+    if not args.eps / 100 <= args.step_size <= 255:
+        raise ValueError(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; '
+                         '2/255 is 2, 0.007 is 1.8')

@@ -5,8 +5,9 @@ Datasets as uint8 tensors on the device, and batches of fp32 images in [0, 1] cu
     for x, y in batches(d.x_train, d.y_train, 128, d.augment, generator): ...
     for x, y in batches(d.x_val, d.y_val, 500): ...          # in order, no augmentation, every image
 
-DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels integer (N,). Anybody's data works this
-way. Without the file: cifar10 and cifar100 are downloaded, digits comes with scikit-learn, synthetic is generated.
+DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels integer (N,). Anybody's
+data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes with
+scikit-learn, synthetic is generated.
 """
 import os
 from typing import NamedTuple
@@ -17,20 +18,25 @@ import torch.nn.functional as F
 
 from log import atomic
 
-# What a dataset brings with it; explicit flags win. eps in pixels (0..255). A file of another name gets OTHER.
+# What a dataset brings with it; explicit flags win. eps in pixels (0..255).
+# A file of another name gets OTHER.
 DATASETS = {
     'cifar10':   dict(classes=10,   augment=True,  eps=8.0),
     'cifar100':  dict(classes=100,  augment=True,  eps=8.0),
-    # 1,797 real handwritten digits, 8x8 enlarged to 32x32, strokes on an empty ground: a tenth of the range is a fair eps.
-    # Sized for two cores: a narrow network, few epochs, and small batches, for the sake of the number of steps.
-    'digits':    dict(classes=10,   augment=False, eps=25.5, width=8, batch_size=64, epochs=10, teacher_epochs=8),
-    'synthetic': dict(classes=10,   augment=False, eps=8.0, width=8, batch_size=32, epochs=4, teacher_epochs=4),
+    # 1,797 real handwritten digits, 8x8 enlarged to 32x32, strokes on an empty ground: a tenth of the
+    # range is a fair eps. Sized for two cores: a narrow network, few epochs, and small batches, for the
+    # sake of the number of steps.
+    'digits':    dict(classes=10,   augment=False, eps=25.5, width=8, batch_size=64,
+                      epochs=10, teacher_epochs=8),
+    'synthetic': dict(classes=10,   augment=False, eps=8.0, width=8, batch_size=32,
+                      epochs=4, teacher_epochs=4),
 }
 OTHER =          dict(classes=None, augment=True,  eps=8.0)
 SPLIT_SEED = 0              # not --seed: a teacher and its students must leave out the same images
 
 class Dataset(NamedTuple):
-    """Images uint8 (N,H,W,3), labels int64 (N,), on one device. val: training images held out for model selection."""
+    """Images uint8 (N,H,W,3), labels int64 (N,), on one device.
+    val: training images held out for model selection."""
     name: str
     classes: int
     augment: bool
@@ -55,23 +61,28 @@ def from_npz(path, classes):
     try:
         with np.load(path, allow_pickle=False) as z:
             arrays = [z[k] if k in z else None for k in names]
-    except Exception as e:                  # zipfile, zlib and numpy each have their own for a damaged or foreign file
-        raise ValueError(f'{path} is not an npz file of plain arrays, or is truncated ({type(e).__name__})') from e
+    except Exception as e:         # zipfile, zlib and numpy each have their own for a damaged or foreign file
+        raise ValueError(f'{path} is not an npz file of plain arrays, or is truncated '
+                         f'({type(e).__name__})') from e
     missing = [k for k, a in zip(names, arrays) if a is None]
     if missing:
         raise ValueError(f'{path} has no array {" ".join(missing)}: it needs {" ".join(names)}')
     for split, x, y in (('train', *arrays[:2]), ('test', *arrays[2:])):
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
-            raise ValueError(f'{path}: x_{split} is {x.dtype} {x.shape}; images are uint8 (N, H, W, 3), 0 to 255')
+            raise ValueError(f'{path}: x_{split} is {x.dtype} {x.shape}; '
+                             'images are uint8 (N, H, W, 3), 0 to 255')
         if y.dtype.kind not in 'iu' or y.shape != x.shape[:1]:
-            raise ValueError(f'{path}: y_{split} is {y.dtype} {y.shape}; labels are integers, one per image, here ({len(x)},)')
+            raise ValueError(f'{path}: y_{split} is {y.dtype} {y.shape}; '
+                             f'labels are integers, one per image, here ({len(x)},)')
         if len(y) < 2:
             raise ValueError(f'{path}: x_{split} holds {len(y)} images')
         classes = classes or int(y.max()) + 1           # of the training labels, where nothing else says
         if y.min() < 0 or y.max() >= classes:
-            raise ValueError(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, outside the classes 0 to {classes - 1}')
+            raise ValueError(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, '
+                             f'outside the classes 0 to {classes - 1}')
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise ValueError(f'{path}: training images are {arrays[0].shape[1:]}, test images {arrays[2].shape[1:]}')
+        raise ValueError(f'{path}: training images are {arrays[0].shape[1:]}, '
+                         f'test images {arrays[2].shape[1:]}')
     return arrays
 
 def from_torchvision(name, folder):
@@ -82,8 +93,9 @@ def from_torchvision(name, folder):
     try:
         train, test = cls(folder, train=True, download=True), cls(folder, train=False)
     except Exception as e:                  # no route, no such host, a proxy's page, a broken archive
-        raise ValueError(f'{name} could not be downloaded ({type(e).__name__}: {e}). Put {path} there yourself (x_train y_train '
-                         'x_test y_test, uint8 images NHWC), or use --dataset digits, which needs no download') from e
+        raise ValueError(f'{name} could not be downloaded ({type(e).__name__}: {e}). Put {path} there '
+                         'yourself (x_train y_train x_test y_test, uint8 images NHWC), '
+                         'or use --dataset digits, which needs no download') from e
     arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
     try:
         with atomic(path) as tmp, open(tmp, 'wb') as f:
@@ -93,7 +105,8 @@ def from_torchvision(name, folder):
     return arrays
 
 def digits():
-    """UCI's handwritten digits, 8x8 in 17 grey levels, each pixel repeated to 4x4. Every fourth image is a test image."""
+    """UCI's handwritten digits, 8x8 in 17 grey levels, each pixel repeated to 4x4.
+    Every fourth image is a test image."""
     from sklearn.datasets import load_digits
     images, y = load_digits(return_X_y=True)
     x = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8).repeat(4, 1).repeat(4, 2)
@@ -101,7 +114,8 @@ def digits():
     return x[~test], y[~test], x[test], y[test]
 
 def synthetic():
-    """Ten smooth random patterns, shifted and noisy: 640 training and 256 test images that a small network learns at once."""
+    """Ten smooth random patterns, shifted and noisy: 640 training and 256 test images that a
+    small network learns at once."""
     g = torch.Generator().manual_seed(0)
     patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=g), size=(32, 32), mode='bilinear')
     y = torch.arange(896) % 10
@@ -120,18 +134,22 @@ def add_args(parser, training=True):
 
 def task(args):
     """dataset-model-width-subset: the part of a run's name that a teacher and its students share."""
-    return '-'.join(filter(None, [args.dataset, args.model, args.width and f'w{args.width}', args.subset and f'n{args.subset}']))
+    return '-'.join(filter(None, [args.dataset, args.model, args.width and f'w{args.width}',
+                                  args.subset and f'n{args.subset}']))
 
 def row(name, folder='data'):
-    """The defaults a dataset brings with it. Raises ValueError for a name that is neither known nor a file."""
+    """The defaults a dataset brings with it.
+    Raises ValueError for a name that is neither known nor a file."""
     if name not in DATASETS and not os.path.exists(os.path.join(folder, f'{name}.npz')):
-        raise ValueError(f'unknown dataset {name!r}: neither one of {" ".join(DATASETS)} nor a file {os.path.join(folder, name)}.npz')
+        raise ValueError(f'unknown dataset {name!r}: neither one of {" ".join(DATASETS)} '
+                         f'nor a file {os.path.join(folder, name)}.npz')
     return DATASETS.get(name, OTHER)
 
 def load(name, folder='data', *, subset=None, device='cpu'):
     """
-    -> Dataset. 1,000 training images, or a tenth where there are fewer than 10,000, become val: drawn with a fixed seed,
-    before the subset is cut, so that no --subset and no --seed puts them back into training. Raises ValueError.
+    -> Dataset. 1,000 training images, or a tenth where there are fewer than 10,000, become val: drawn
+    with a fixed seed, before the subset is cut, so that no --subset and no --seed puts them back into
+    training. Raises ValueError.
     """
     defaults, path = row(name, folder), os.path.join(folder, f'{name}.npz')
     if os.path.exists(path):
@@ -141,26 +159,31 @@ def load(name, folder='data', *, subset=None, device='cpu'):
     else:
         arrays = from_torchvision(name, folder)
     x_train, y_train, x_test, y_test = [
-        torch.from_numpy(np.ascontiguousarray(a, np.uint8 if a.ndim == 4 else np.int64)).to(device) for a in arrays]
+        torch.from_numpy(np.ascontiguousarray(a, np.uint8 if a.ndim == 4 else np.int64)).to(device)
+        for a in arrays]
     order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(SPLIT_SEED)).to(device)
     held_out = min(1000, max(1, len(order) // 10))
     val, train = order[:held_out], order[held_out:].sort().values
     if subset is not None:
         if not 1 <= subset <= len(train):
-            raise ValueError(f'--subset {subset}: {name} has {len(train)} training images beside the {held_out} held out')
+            raise ValueError(f'--subset {subset}: {name} has {len(train)} training images '
+                             f'beside the {held_out} held out')
         train = train[:subset]
     classes = defaults['classes'] or int(y_train.max()) + 1
-    return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train], x_train[val], y_train[val], x_test, y_test)
+    return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train],
+                   x_train[val], y_train[val], x_test, y_test)
 
 def to_float(x):
-    """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last, and the transpose is free."""
+    """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last,
+    and the transpose is free."""
     x = x.permute(0, 3, 1, 2).float() / 255
     return x if x.is_cuda else x.contiguous()
 
 def crop_flip(x, generator, padding=4):
     """
-    Random crop out of a frame of zeros, then a flip of every other image, as torchvision's RandomCrop(padding=4) and
-    RandomHorizontalFlip: one gather for the whole batch, on its device. uint8 (B,H,W,3) -> the same.
+    Random crop out of a frame of zeros, then a flip of every other image, as torchvision's
+    RandomCrop(padding=4) and RandomHorizontalFlip: one gather for the whole batch, on its device.
+    uint8 (B,H,W,3) -> the same.
     """
     B, H, W, _ = x.shape
     draw = lambda high: torch.randint(high, (B, 1), generator=generator, device=x.device)
@@ -172,8 +195,8 @@ def crop_flip(x, generator, padding=4):
 
 def batches(x, y, batch_size, augment=False, generator=None):
     """
-    Yield x fp32 (B,3,H,W) in [0, 1] and y (B,). With a generator (on x's device): one epoch in random order, whole batches
-    only, so that every step has one shape. Without: in order, to the last image.
+    Yield x fp32 (B,3,H,W) in [0, 1] and y (B,). With a generator (on x's device): one epoch in random order,
+    whole batches only, so that every step has one shape. Without: in order, to the last image.
     """
     if generator is None:
         for i in range(0, len(y), batch_size):

@@ -1,14 +1,15 @@
 """
 Clean and robust accuracy of a checkpoint on the test set: a table, and one JSON beside the checkpoint.
 
-$ python evaluate.py runs/cifar10-resnet18-logit_mse-beta0.2-s0/best.pt                       # everything, AutoAttack included
-$ python evaluate.py runs/digits-resnet18-w8-logit_mse-beta0.2-s0/best.pt --n 100             # the first 100 test images
-$ python evaluate.py model_test.pt --model resnet18 --dataset cifar10 --attacks clean pgd     # somebody else's weights
+$ python evaluate.py runs/cifar10-resnet18-logit_mse-beta0.2-s0/best.pt            # all, AutoAttack included
+$ python evaluate.py runs/digits-resnet18-w8-logit_mse-beta0.2-s0/best.pt --n 100  # the first 100 images
+$ python evaluate.py model_test.pt --model resnet18 --dataset cifar10              # somebody else's weights
 
-fp32 without TF32, eager, BN in eval mode. An image counts as robust if it is classified correctly as it is and after every
-attack of the row; those misclassified as they are are not attacked. AutoAttack is its authors' (Croce & Hein 2020,
-"Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free Attacks"), version standard: its
-four attacks in turn, each on the images that are left, which is the published number.
+fp32 without TF32, eager, BN in eval mode. An image counts as robust if it is classified correctly as it is
+and after every attack of the row; those misclassified as they are are not attacked. AutoAttack is its
+authors' (Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
+Parameter-free Attacks"), version standard: its four attacks in turn, each on the images that are left,
+which is the published number.
 """
 import argparse, json, logging, math, os, sys, time
 
@@ -27,25 +28,29 @@ DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
 
 # -----------------------------------------------------------------------------
 # arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')     # one line, without the usage
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 allow_abbrev=False)
+# one line, without the usage
+parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
 parser.add_argument('checkpoint')
 data.add_args(parser, training=False); attacks.add_args(parser)
 parser.set_defaults(dataset=None, data_dir=None, norm=None)         # ours say it themselves
 g = parser.add_argument_group("somebody else's weights")
 g.add_argument('--model', help=models.NAMES)
 g.add_argument('--width', type=int, help="channels of the first layer (default: the paper's)")
-g.add_argument('--mean', type=float, nargs=3, help='of the normalisation it was trained with, in [0, 1] (default: none)')
+g.add_argument('--mean', type=float, nargs=3,
+               help='of the normalisation it was trained with, in [0, 1] (default: none)')
 g.add_argument('--std', type=float, nargs=3)
 g = parser.add_argument_group('evaluation')
 g.add_argument('--attacks', nargs='+', default=DEFAULT,
                choices=[*DEFAULT, *PARTS], metavar='NAME',
-               help='clean fgsm pgd cw autoattack, or one of its parts alone on all images: ' + ' '.join(PARTS))
+               help=f'{" ".join(DEFAULT)}, or one of its parts alone on all images: {" ".join(PARTS)}')
 g.add_argument('--n', type=int, help='the first N test images (default: all)')
 g.add_argument('--steps', type=int, default=20, help='of pgd and cw')
 g.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
 g.add_argument('--individual', action='store_true',
-               help='run every part of AutoAttack also on the images that the parts before it broke: its accuracy alone')
+               help='run every part of AutoAttack also on the images that the parts before it broke: '
+                    'its accuracy alone')
 g.add_argument('--batch-size', type=int, default=250)
 g.add_argument('--seed', type=int, default=0)
 g.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
@@ -62,7 +67,7 @@ try:
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: at least 1')
     ckpt = models.read(args.checkpoint)
-    ours = isinstance(ckpt, dict) and 'config' in ckpt
+    ours = models.is_ours(ckpt)
     if ours and (args.model or args.width or args.mean):
         raise ValueError(f'{args.checkpoint} says itself what it is: drop --model, --width, --mean and --std')
     if (args.mean is None) != (args.std is None):
@@ -74,22 +79,27 @@ try:
     args.eps = run.get('eps') if args.eps is None else args.eps
     attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
     if not ours and args.model is None:
-        raise ValueError(f'{args.checkpoint} holds weights only: name their architecture with --model (and --width)')
+        raise ValueError(f'{args.checkpoint} holds weights only: '
+                         'name their architecture with --model (and --width)')
     d = data.load(args.dataset, args.data_dir, device=device)
-    model, meta = load_checkpoint(args.checkpoint, args.model, d.classes, width=args.width, mean=args.mean, std=args.std)
+    model, meta = load_checkpoint(args.checkpoint, args.model, d.classes,
+                                  width=args.width, mean=args.mean, std=args.std)
     if model.config['num_classes'] != d.classes:
-        raise ValueError(f'{args.checkpoint} knows {model.config["num_classes"]} classes, {args.dataset} has {d.classes}')
+        raise ValueError(f'{args.checkpoint} knows {model.config["num_classes"]} classes, '
+                         f'{args.dataset} has {d.classes}')
     if d.classes < 4 and {'autoattack', *PARTS} & set(args.attacks):
-        raise ValueError(f'AutoAttack needs four classes (its targeted DLR loss does), {args.dataset} has {d.classes}; '
-                         'choose others with --attacks')
+        raise ValueError('AutoAttack needs four classes (its targeted DLR loss does), '
+                         f'{args.dataset} has {d.classes}; choose others with --attacks')
     n = args.n if args.n is not None else len(d.y_test)
     if not 1 <= n <= len(d.y_test):
         raise ValueError(f'--n {n}: {args.dataset} has {len(d.y_test)} test images')
     tag = '' if args.attacks == DEFAULT else '-' + '+'.join(args.attacks)
-    args.out = args.out or f'{os.path.splitext(args.checkpoint)[0]}.eval-{args.norm}-{args.eps:g}-n{n}{tag}.json'
+    args.out = args.out or (f'{os.path.splitext(args.checkpoint)[0]}.eval-'
+                            f'{args.norm}-{args.eps:g}-n{n}{tag}.json')
     if os.path.exists(args.out) and '"complete": false' not in open(args.out).read():
         raise ValueError(f'{args.out} is there already: choose another --out, or delete it')
-    with atomic(args.out) as tmp, open(tmp, 'w') as f:  # hours of AutoAttack end in this file: it has to be writable
+    # hours of AutoAttack end in this file: it has to be writable
+    with atomic(args.out) as tmp, open(tmp, 'w') as f:
         f.write('{"complete": false}')
 except ValueError as e:
     parser.error(e)
@@ -114,7 +124,8 @@ def iterated(objective):
 
 def part(name):
     """One of AutoAttack's four, as its version standard runs it on one batch."""
-    # it takes views of x and of its gradient, which channels_last memory refuses: contiguous outside, any layout inside
+    # it takes views of x and of its gradient, which channels_last memory refuses: contiguous
+    # outside, any layout inside
     predict = lambda x: model(x.flatten(1).view(x.shape).contiguous(memory_format=models.layout(device)))
     def attack(x, y):
         aa = AutoAttack(predict, norm=args.norm, eps=eps, seed=args.seed, version='standard', device=device)
@@ -123,8 +134,8 @@ def part(name):
         return aa.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))[0]
     return attack
 
-ATTACKS = dict(fgsm=lambda x, y: fgsm(ce(x, y), x, eps=eps, norm=args.norm), pgd=iterated(ce), cw=iterated(margin),
-               **{name: part(name) for name in PARTS})
+ATTACKS = dict(fgsm=lambda x, y: fgsm(ce(x, y), x, eps=eps, norm=args.norm),
+               pgd=iterated(ce), cw=iterated(margin), **{name: part(name) for name in PARTS})
 
 class Warnings(logging.Handler):
     """AutoAttack's own warnings (randomised, zero gradients, Square wins) belong in the report."""
@@ -137,20 +148,25 @@ logging.getLogger('auto-attack').propagate = False
 @torch.no_grad()
 def correct(x, y):
     """(n,) bool: x is classified as y."""
-    return torch.cat([model(xb).argmax(1) == yb for xb, yb in zip(x.split(args.batch_size), y.split(args.batch_size))])
+    return torch.cat([model(xb).argmax(1) == yb
+                      for xb, yb in zip(x.split(args.batch_size), y.split(args.batch_size))])
 
 def survivors(name, alive):
-    """(n,) bool: which of the alive images withstand the attack; the others are not attacked. Also the largest step taken."""
+    """(n,) bool: which of the alive images withstand the attack; the others are not attacked.
+    Also the largest step taken."""
     still, moved = alive.clone(), 0.0
     for _ in range(args.restarts if name in ('pgd', 'cw') else 1):
         index = still.nonzero()[:, 0]
-        for i in tqdm(index.split(args.batch_size) if len(index) else [], desc=name, leave=False, disable=None):
+        for i in tqdm(index.split(args.batch_size) if len(index) else [],
+                      desc=name, leave=False, disable=None):
             x, y = x_test[i], y_test[i]
             x_adv = ATTACKS[name](x, y)
             delta = (x_adv - x).flatten(1)
-            moved = max(moved, (delta.abs().amax() if args.norm == 'Linf' else delta.norm(dim=1).max()).item())
+            moved = max(moved, (delta.abs().amax() if args.norm == 'Linf' else
+                                delta.norm(dim=1).max()).item())
             if not (moved <= eps * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
-                sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): its result is worth nothing')
+                sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): '
+                         'its result is worth nothing')
             still[i] = correct(x_adv, y)                # recounted here, whatever the attack says
     return still, moved
 
@@ -158,18 +174,22 @@ def survivors(name, alive):
 # report
 
 def summary(mask):
-    """Accuracy in percent with a 95 % Wilson interval, and per class with mean, standard deviation and worst."""
+    """Accuracy in percent with a 95 % Wilson interval, and per class with mean, standard
+    deviation and worst."""
     k, z = mask.sum().item(), 1.96
     centre, half = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
     per_class = {int(c): 100 * mask[y_test == c].float().mean().item() for c in y_test.unique()}
     values = torch.tensor(list(per_class.values()), dtype=torch.float64)
-    return dict(accuracy=100 * k / n, correct=k, n=n, interval=[100 * (centre - half), 100 * (centre + half)], per_class=per_class,
-                class_mean=values.mean().item(), class_std=values.std(correction=0).item(), class_worst=min(per_class, key=per_class.get))
+    return dict(accuracy=100 * k / n, correct=k, n=n, interval=[100 * (centre - half), 100 * (centre + half)],
+                per_class=per_class, class_mean=values.mean().item(),
+                class_std=values.std(correction=0).item(), class_worst=min(per_class, key=per_class.get))
 
 def save(complete):
-    report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), model=model.config, trained={k: v for k, v in meta.items() if k != 'config'},
-                  dataset=args.dataset, images=f'first {n} of {len(d.y_test)} test images', norm=args.norm, eps=eps, eps_pixels=args.eps,
-                  results=results, notes=notes, complete=complete, args=vars(args), precision='float32', **environment(device))
+    report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), model=model.config,
+                  trained={k: v for k, v in meta.items() if k != 'config'}, dataset=args.dataset,
+                  images=f'first {n} of {len(d.y_test)} test images', norm=args.norm, eps=eps,
+                  eps_pixels=args.eps, results=results, notes=notes, complete=complete, args=vars(args),
+                  precision='float32', **environment(device))
     with atomic(args.out) as tmp, open(tmp, 'w') as f:
         json.dump(report, f, indent=1)
 
@@ -177,12 +197,14 @@ def report(row, mask, seconds, moved=None):
     """One line on the screen; the file holds everything so far."""
     s = results[row.strip()] = dict(summary(mask), seconds=seconds, max_perturbation=moved and 255 * moved)
     low, high = s['interval']
-    print(f"{row:<28}{s['accuracy']:8.2f}   {low:6.2f} - {high:6.2f}{s['class_mean']:10.2f}{s['class_std']:8.2f}"
-          f"{s['per_class'][s['class_worst']]:8.2f} ({s['class_worst']}){seconds:10.0f}", flush=True)
+    print(f"{row:<28}{s['accuracy']:8.2f}   {low:6.2f} - {high:6.2f}{s['class_mean']:10.2f}"
+          f"{s['class_std']:8.2f}{s['per_class'][s['class_worst']]:8.2f} ({s['class_worst']}){seconds:10.0f}",
+          flush=True)
     save(complete=False)
 
 def autoattack(clean):
-    """The standard version, part by part on the images left; with --individual also each part on all. (n,) bool."""
+    """The standard version, part by part on the images left; with --individual also each
+    part on all. (n,) bool."""
     alive, before, after = clean, {}, {}
     t0 = time.perf_counter()
     for name in PARTS:
@@ -191,7 +213,7 @@ def autoattack(clean):
         after[name] = alive
         report(f'  autoattack, after {name}', alive, time.perf_counter() - t1, moved)
     broken = int((before['square'] & ~alive).sum())
-    if broken > 0.002 * n:                              # the authors' own check, which needs all parts in one call
+    if broken > 0.002 * n:                      # the authors' own check, which needs all parts in one call
         notes.append(f'Square broke {broken} images that had withstood the gradients: is something masked?')
     report('autoattack (worst case)', alive, time.perf_counter() - t0)
     for name in PARTS if args.individual else ():
@@ -200,13 +222,16 @@ def autoattack(clean):
         report(f'  {name} alone', rest | after[name], time.perf_counter() - t1, moved)
     return alive
 
-where = f'epoch {meta.get("epoch")}, selected by {meta.get("selected_by")}' if meta else 'weights only, provenance unknown'
+where = (f'epoch {meta.get("epoch")}, selected by {meta.get("selected_by")}' if meta else
+         'weights only, provenance unknown')
 print(f'{args.checkpoint} ({fingerprint(model)}): {model.config["name"]}, {where}')
-print(f'{args.dataset}, the first {n} of {len(d.y_test)} test images; {args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}')
+print(f'{args.dataset}, the first {n} of {len(d.y_test)} test images; '
+      f'{args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}')
 with torch.no_grad():
     if not model(x_test[:args.batch_size]).isfinite().all():
         sys.exit(f'{args.checkpoint} returns non-finite logits on clean images: nothing to evaluate')
-print(f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}{'worst':>12}{'seconds':>10}")
+print(f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}"
+      f"{'worst':>12}{'seconds':>10}")
 torch.manual_seed(args.seed)
 results, started = {}, time.perf_counter()
 try:
@@ -221,7 +246,8 @@ try:
                 worst = worst & robust
             elif name != 'clean':
                 mask, moved = survivors(name, clean)
-                report(f'{name}-{args.steps}' if name in ('pgd', 'cw') else name, mask, time.perf_counter() - t0, moved)
+                report(f'{name}-{args.steps}' if name in ('pgd', 'cw') else name, mask,
+                       time.perf_counter() - t0, moved)
                 worst = worst & mask
         if len(args.attacks) > 2:
             report('all of the above', worst, time.perf_counter() - started)
@@ -230,11 +256,15 @@ except KeyboardInterrupt:
 
 accuracy = {name: r['accuracy'] for name, r in results.items()}
 if {f'pgd-{args.steps}', 'autoattack (worst case)'} <= set(results):
-    notes.append(f"PGD-{args.steps} is {accuracy[f'pgd-{args.steps}'] - accuracy['autoattack (worst case)']:.2f} points above AutoAttack")
+    notes.append(f"PGD-{args.steps} is "
+                 f"{accuracy[f'pgd-{args.steps}'] - accuracy['autoattack (worst case)']:.2f} "
+                 "points above AutoAttack")
 if abs(meta.get('val_clean', accuracy['clean']) - accuracy['clean']) > max(10, 300 / math.sqrt(n)):
-    notes.append(f"clean accuracy is {accuracy['clean']:.1f} here and was {meta['val_clean']:.1f} on the hold-out in training")
+    notes.append(f"clean accuracy is {accuracy['clean']:.1f} here and was {meta['val_clean']:.1f} "
+                 "on the hold-out in training")
 if (run.get('norm', args.norm), run.get('eps', args.eps)) != (args.norm, args.eps):
-    notes.append(f"trained against {run['norm']} {run['eps']:g}/255, attacked with {args.norm} {args.eps:g}/255")
+    notes.append(f"trained against {run['norm']} {run['eps']:g}/255, "
+                 f"attacked with {args.norm} {args.eps:g}/255")
 if n < 10000:
     notes.append(f'{n} images: not comparable with a leaderboard, mind the interval')
 for note in notes:

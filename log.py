@@ -1,5 +1,6 @@
 """
-What a run leaves behind: a folder, a table on the screen, the same figures as JSON lines, files that are whole or absent.
+What a run leaves behind: a folder, a table on the screen, the same figures as JSON lines,
+files that are whole or absent.
 """
 import contextlib, importlib.metadata, json, math, os, platform, secrets
 
@@ -7,7 +8,8 @@ import torch
 
 @contextlib.contextmanager
 def atomic(path):
-    """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any error, still the old one."""
+    """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any
+    error, still the old one."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     tmp = os.path.join(folder, f'.{os.path.basename(path)}.{secrets.token_hex(4)}.tmp')
@@ -34,11 +36,14 @@ def environment(device):
     """Versions and hardware: what a number depends on and a command line does not say."""
     cuda = device.type == 'cuda'
     versions = {name: importlib.metadata.version(name) for name in ('torchvision', 'numpy', 'pyautoattack')}
-    return dict(versions, torch=str(torch.__version__), python=platform.python_version(), tf32=cuda and torch.backends.cudnn.allow_tf32,
-                device=torch.cuda.get_device_name(device) if cuda else f'CPU, {torch.get_num_threads()} threads')
+    return dict(versions, torch=str(torch.__version__), python=platform.python_version(),
+                tf32=cuda and torch.backends.cudnn.allow_tf32,
+                device=torch.cuda.get_device_name(device) if cuda else
+                       f'CPU, {torch.get_num_threads()} threads')
 
 class Table:
-    """One row per epoch on the screen and in folder/log.jsonl, under the configuration. columns: name -> format."""
+    """One row per epoch on the screen and in folder/log.jsonl, under the configuration.
+    columns: name -> format."""
     def __init__(self, folder, config, **columns):
         self.path, self.columns = f'{folder}/log.jsonl', columns
         self.header = ' '.join(name.rjust(9) for name in columns)
@@ -49,7 +54,8 @@ class Table:
         if self.header:
             print(self.header)
             self.header = None
-        print(' '.join(format(values[name], spec).rjust(9) for name, spec in self.columns.items()), flush=True)
+        print(' '.join(format(values[name], spec).rjust(9) for name, spec in self.columns.items()),
+              flush=True)
         self._append(values)
 
     def curves(self, *names):
@@ -59,7 +65,8 @@ class Table:
         figure = Figure(figsize=(6, 3.5), layout='constrained')
         axes = figure.subplots()
         for name, style in zip(names, ('o-', 's--', '^:')):
-            axes.plot([r['epoch'] for r in rows], [r[name] for r in rows], style, color='black', markersize=3, label=name)
+            axes.plot([r['epoch'] for r in rows], [r[name] for r in rows], style,
+                      color='black', markersize=3, label=name)
         axes.set(xlabel='epoch', ylabel='accuracy on the hold-out, %', ylim=(0, 100))
         axes.legend()
         with atomic(os.path.join(os.path.dirname(self.path), 'curves.png')) as tmp:
@@ -72,6 +79,6 @@ class Table:
 def check_finite(losses, val_loss, epoch):
     """losses: one per batch of the epoch. Raises FloatingPointError that names epoch and batch."""
     bad = (~losses.isfinite()).nonzero()
-    if len(bad) or not math.isfinite(val_loss):         # a last update that broke the weights shows in val_loss only
+    if len(bad) or not math.isfinite(val_loss):  # a last update that broke the weights shows in val_loss only
         batch = int(bad[0]) + 1 if len(bad) else len(losses)
         raise FloatingPointError(f'non-finite loss in epoch {epoch}, batch {batch}')

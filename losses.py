@@ -1,7 +1,8 @@
 """
 Adversarial-training losses. Every loss is a pure function of what it names, and of nothing else:
 
-    loss(<logits and labels, by name>, *, <hyper-parameters, the paper's defaults>) -> one value per image, (B,)
+    loss(<logits and labels, by name>, *, <hyper-parameters, the paper's defaults>)
+        -> one value per image, (B,)
 
     y                 labels                                    (B,) int64
     logits            student on x                              (B, K)
@@ -10,9 +11,10 @@ Adversarial-training losses. Every loss is a pure function of what it names, and
     t_logits          frozen teacher on x                       (B, K)   never carries a gradient
     t_logits_adv      frozen teacher on x_adv                   (B, K)   likewise
 
-Logits arrive in fp32. The training loop reads the names and computes those, in this order, and no others: a loss without
-y sees no label. Copy any function into your own code; it needs kl, mse and ce below at most. Divergences are summed over
-the classes, squared errors averaged (F.mse_loss's convention); the mean over the batch is the caller's.
+Logits arrive in fp32. The training loop reads the names and computes those, in this order, and no others:
+a loss without y sees no label. Copy any function into your own code; it needs kl, mse and ce below at
+most. Divergences are summed over the classes, squared errors averaged (F.mse_loss's convention); the mean
+over the batch is the caller's.
 """
 import inspect
 from typing import Callable, NamedTuple
@@ -24,8 +26,10 @@ import torch.nn.functional as F
 
 def kl(q_logits, p_logits):
     """KL(p || q), p the target, (B,). Gradient flows into both."""
-    # log_target: the form with probabilities has NaN gradients where a confident p underflows (TRADES issue 30)
-    return F.kl_div(F.log_softmax(q_logits, 1), F.log_softmax(p_logits, 1), reduction='none', log_target=True).sum(1)
+    # log_target: the form with probabilities has NaN gradients where a confident p
+    # underflows (TRADES issue 30)
+    return F.kl_div(F.log_softmax(q_logits, 1), F.log_softmax(p_logits, 1),
+                    reduction='none', log_target=True).sum(1)
 
 def mse(a, b):
     """Mean over the classes of (a - b)^2, (B,)."""
@@ -65,22 +69,24 @@ def pgd_at(logits_adv, y):
     return ce(logits_adv, y)
 
 def trades(logits, logits_adv, y, *, beta=6.0):
-    """Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and Accuracy", eq. 5, as their code.
+    """Zhang et al. 2019, "Theoretically Principled Trade-off between Robustness and Accuracy", eq. 5.
     CE(p, y) + beta KL(p || p')
-    The clean branch is not detached: the KL pulls p as well as p'."""
+    As their code: the clean branch is not detached, the KL pulls p as well as p'."""
     return ce(logits, y) + beta * kl(logits_adv, logits)
 
 def hat(logits, logits_adv, logits_helper, t_logits_adv, y, *, beta=2.5, gamma=0.5, h=2.0):
-    """Rade & Moosavi-Dezfooli 2022, "Reducing Excessive Margin to Achieve a Better Accuracy vs. Robustness Trade-off".
+    """Rade & Moosavi-Dezfooli 2022, "Reducing Excessive Margin to Achieve a Better [...] Trade-off" (HAT).
     CE(p, y) + beta KL(p || p') + gamma CE(f(x + h (x' - x)), argmax g(x'))
-    The helper lies outside the ball and possibly outside [0, 1]; its label is what a standard teacher sees in x'. The
-    training loop reads h to place it. Defaults: the authors' CIFAR-10 command (with extra data they use beta 3.5)."""
+    The helper lies outside the ball and possibly outside [0, 1]; its label is what a standard teacher
+    sees in x'. The training loop reads h to place it. Defaults: the authors' CIFAR-10 command (with
+    extra data they use beta 3.5)."""
     return ce(logits, y) + beta * kl(logits_adv, logits) + gamma * ce(logits_helper, t_logits_adv.argmax(1))
 
 def softmax_kl(logits, logits_adv, t_logits, *, beta=0.2, reverse=False):
     """Al-Najjar et al., "Adversarial Training without Hard Labels", eq. 4. No label anywhere.
     beta [KL(g || p) + KL(g || p')] + KL(p || p')
-    The paper's notation leaves the teacher terms' direction open: reverse takes KL(p || g) and KL(p' || g)."""
+    The paper's notation leaves the teacher terms' direction open:
+    reverse takes KL(p || g) and KL(p' || g)."""
     if reverse:
         teach = kl(t_logits, logits) + kl(t_logits, logits_adv)
     else:
@@ -113,24 +119,30 @@ METHODS = {
 
 def needs(fn):
     """Names of the logits and labels fn asks for: its positional arguments."""
-    return [p.name for p in inspect.signature(fn).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD] if fn else []
+    return [p.name for p in inspect.signature(fn).parameters.values()
+            if p.kind == p.POSITIONAL_OR_KEYWORD] if fn else []
 
 def hparams(fn):
-    """Hyper-parameters of fn and their defaults: its keyword-only arguments. train_adv.py turns each into a flag."""
-    return {p.name: p.default for p in inspect.signature(fn).parameters.values() if p.kind == p.KEYWORD_ONLY} if fn else {}
+    """Hyper-parameters of fn and their defaults: its keyword-only arguments. train_adv.py
+    turns each into a flag."""
+    return {p.name: p.default for p in inspect.signature(fn).parameters.values()
+            if p.kind == p.KEYWORD_ONLY} if fn else {}
 
 def needs_teacher(method):
     return any(name.startswith('t_') for name in needs(method.loss) + needs(method.inner))
 
 def table():
     """METHODS as the README shows it, made of signatures and docstrings."""
-    rows = ['| `--loss` | minimises | its attack climbs | flags | labels | teacher | source |', '|---|---|---|---|---|---|---|']
+    rows = ['| `--loss` | minimises | its attack climbs | flags | labels | teacher | source |',
+            '|---|---|---|---|---|---|---|']
     for name, method in METHODS.items():
         source, formula = [line.strip() for line in method.loss.__doc__.splitlines()[:2]]
         climbs = method.inner.__doc__ if method.inner else '-'
-        flags = ' '.join(f'`--{k}`' if v is False else f'`--{k} {v}`' for k, v in hparams(method.loss).items())
+        flags = ' '.join(f'`--{k}`' if v is False else f'`--{k} {v}`'
+                         for k, v in hparams(method.loss).items())
         labels = 'y' if 'y' in needs(method.loss) + needs(method.inner) else '**none**'
-        cells = (f'`{name}`', formula, climbs, flags or '-', labels, 'standard' if needs_teacher(method) else '-', source.rstrip('.'))
+        cells = (f'`{name}`', formula, climbs, flags or '-', labels,
+                 'standard' if needs_teacher(method) else '-', source.rstrip('.'))
         rows.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join(rows)
 

@@ -1,14 +1,13 @@
 """
 Networks for small images, and the checkpoints that hold them. Images in [0, 1] in, logits out.
 
-    net = build('resnet18', num_classes=10)                      # 32x32 stem; also resnet34 resnet50 preactresnet18
-    net = build('wrn-34-10', num_classes=100)                    # wrn-DEPTH-WIDEN, mobilenetv2
+    net = build('resnet18', num_classes=10)                      # 32x32 stem; the others: NAMES
     net = build('resnet18', 10, width=16)                        # a quarter of the channels, for a CPU
     net, meta = load_checkpoint('runs/x/best.pt')                # ours: the file says what to build
-    net, meta = load_checkpoint('foreign.pt', 'resnet18', 10)    # TRADES, RSLAD, HAT, AutoAttack: a bare state dict
+    net, meta = load_checkpoint('other.pt', 'resnet18', 10)      # somebody else's: a bare state dict
 
-State-dict keys are those of the pytorch-cifar family (conv1 bn1 layer1.0.conv1 ... shortcut linear) and, for wrn,
-of the TRADES code (block1.layer.0 ... fc), so the released checkpoints load unchanged.
+State-dict keys are those of the pytorch-cifar family (conv1 bn1 layer1.0.conv1 ... shortcut linear) and, for
+wrn, of the TRADES code (block1.layer.0 ... fc), so the released checkpoints load unchanged.
 """
 import hashlib, re
 
@@ -37,7 +36,6 @@ class BasicBlock(nn.Module):
         self.conv1, self.bn1 = conv(in_planes, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
         self.shortcut = projection(in_planes, planes, stride)
-
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
@@ -50,7 +48,6 @@ class Bottleneck(nn.Module):
         self.conv2, self.bn2 = conv(planes, planes, 3, stride), nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
         self.shortcut = projection(in_planes, 4 * planes, stride)
-
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
@@ -64,7 +61,6 @@ class PreActBlock(nn.Module):
         self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv(planes, planes, 3)
         if stride != 1 or in_planes != planes:
             self.shortcut = nn.Sequential(conv(in_planes, planes, 1, stride))
-
     def forward(self, x):
         out = F.relu(self.bn1(x))
         shortcut = self.shortcut(out) if hasattr(self, 'shortcut') else x
@@ -76,7 +72,6 @@ class WideBlock(nn.Module):
         self.bn1, self.conv1 = nn.BatchNorm2d(in_planes), conv(in_planes, planes, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv(planes, planes, 3)
         self.convShortcut = conv(in_planes, planes, 1, stride) if in_planes != planes else None
-
     def forward(self, x):
         out = F.relu(self.bn1(x))
         shortcut = self.convShortcut(out) if self.convShortcut else x
@@ -90,7 +85,6 @@ class InvertedResidual(nn.Module):
         self.conv2, self.bn2 = conv(hidden, hidden, 3, stride, groups=hidden), nn.BatchNorm2d(hidden)
         self.conv3, self.bn3 = conv(hidden, planes, 1), nn.BatchNorm2d(planes)
         self.shortcut = projection(in_planes, planes, stride) if stride == 1 else None
-
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
@@ -101,12 +95,12 @@ class InvertedResidual(nn.Module):
 # networks. self.normalize is the first layer, and the identity unless the data's mean and std are given
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel. Buffers, so .to(device) moves them; not in the state dict, so foreign ones load."""
+    """(x - mean) / std per channel. Buffers, so .to(device) moves them;
+    not in the state dict, so foreign ones load."""
     def __init__(self, mean, std):
         super().__init__()
         for name, value in (('mean', mean), ('std', std)):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
-
     def forward(self, x):
         return (x - self.mean) / self.std
 
@@ -124,7 +118,6 @@ class ResNet(nn.Module):
                 planes = width * 2 ** i * block.expansion
             setattr(self, f'layer{i + 1}', nn.Sequential(*blocks))
         self.linear = nn.Linear(planes, num_classes)
-
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(self.normalize(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
@@ -136,7 +129,6 @@ class PreActResNet(ResNet):
         super().__init__(block, depths, num_classes, width, normalize)
         del self.bn1
         self.bn = nn.BatchNorm2d(self.linear.in_features)
-
     def forward(self, x):
         out = self.conv1(self.normalize(x))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
@@ -161,13 +153,13 @@ class WideResNet(nn.Module):
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
         nn.init.zeros_(self.fc.bias)
-
     def forward(self, x):
         out = self.block3(self.block2(self.block1(self.conv1(self.normalize(x)))))
         return self.fc(F.relu(self.bn1(out)).mean((2, 3)))
 
 class MobileNetV2(nn.Module):
-    """Sandler et al. 2018, strides for 32x32. width: channels of the stem, 32 in the paper; the rest scales with it."""
+    """Sandler et al. 2018, strides for 32x32. width: channels of the stem, 32 in the
+    paper; the rest scales with it."""
     def __init__(self, num_classes, width=32, normalize=None):
         super().__init__()
         scale = lambda channels: max(1, channels * width // 32)
@@ -182,7 +174,6 @@ class MobileNetV2(nn.Module):
         self.layers = nn.Sequential(*blocks)
         self.conv2, self.bn2 = conv(planes, scale(1280), 1), nn.BatchNorm2d(scale(1280))
         self.linear = nn.Linear(scale(1280), num_classes)
-
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(self.normalize(x))))
         out = F.relu(self.bn2(self.conv2(self.layers(out))))
@@ -191,18 +182,19 @@ class MobileNetV2(nn.Module):
 NAMES = 'resnet18 resnet34 resnet50 preactresnet18 wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2'
 
 def build(name, num_classes, *, width=None, mean=None, std=None):
-    """
-    name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: three floats each, in units of
-    [0, 1]; None for no normalisation. Raises ValueError for an unknown name.
-    """
+    """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: three floats
+    each, in units of [0, 1]; None for no normalisation. Raises ValueError for an unknown name."""
     if width is not None and width < 1:
         raise ValueError(f'width {width}: the first layer needs at least one channel')
-    net = _network(name, num_classes, Normalize(mean, std) if mean else None, {'width': width} if width else {})
-    net.config = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std)     # what a checkpoint stores
+    net = _network(name, num_classes, Normalize(mean, std) if mean else None,
+                   {'width': width} if width else {})
+    net.config = dict(name=name, num_classes=num_classes, width=width,      # what a checkpoint stores
+                      mean=mean, std=std)
     return net
 
 def _network(name, num_classes, normalize, size):
-    depths = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3), 'resnet50': (3, 4, 6, 3), 'preactresnet18': (2, 2, 2, 2)}
+    depths = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3), 'resnet50': (3, 4, 6, 3),
+              'preactresnet18': (2, 2, 2, 2)}
     if name in depths:
         net = PreActResNet if name == 'preactresnet18' else ResNet
         block = {'resnet50': Bottleneck, 'preactresnet18': PreActBlock}.get(name, BasicBlock)
@@ -211,7 +203,8 @@ def _network(name, num_classes, normalize, size):
         depth, widen = map(int, wrn.groups())
         if depth >= 10 and depth % 6 == 4 and widen > 0:
             return WideResNet(depth, widen, num_classes, normalize=normalize, **size)
-        raise ValueError(f'{name}: a wide ResNet has a depth of 6n+4 (28, 34, 70) and a widening factor of at least 1')
+        raise ValueError(f'{name}: a wide ResNet has a depth of 6n+4 (28, 34, 70) '
+                         'and a widening factor of at least 1')
     if name == 'mobilenetv2':
         return MobileNetV2(num_classes, normalize=normalize, **size)
     raise ValueError(f'unknown model {name!r}; known: {NAMES}')
@@ -219,21 +212,23 @@ def _network(name, num_classes, normalize, size):
 def add_args(parser):
     g = parser.add_argument_group('model')
     g.add_argument('--model', default='resnet18', help=NAMES)
-    g.add_argument('--width', type=int, help="channels of the first layer (default: the paper's, 64 for a ResNet)")
-    g.add_argument('--normalize', action='store_true', help='standardise the images with the statistics of the data')
+    g.add_argument('--width', type=int,
+                   help="channels of the first layer (default: the paper's, 64 for a ResNet)")
+    g.add_argument('--normalize', action='store_true',
+                   help='standardise the images with the statistics of the data')
 
 # -----------------------------------------------------------------------------
 # precision and layout
 
 def layout(device):
-    """Memory format: channels_last on a GPU. On a CPU it is no faster in fp32, and its backward crashes below 8 channels."""
+    """Memory format: channels_last on a GPU.
+    On a CPU it is no faster in fp32, and its backward crashes below 8 channels."""
     return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
 def amp_dtype(amp, device):
-    """
-    'auto', 'bf16', 'fp16' or 'off' -> torch dtype of the autocast, None for fp32. auto is bf16 where the hardware
-    computes in it, fp16 on older GPUs, off on older CPUs, where emulated bf16 is slower than fp32.
-    """
+    """'auto', 'bf16', 'fp16' or 'off' -> torch dtype of the autocast, None for fp32. auto is bf16
+    where the hardware computes in it, fp16 on older GPUs, off on older CPUs, where emulated bf16
+    is slower than fp32."""
     cuda = device.type == 'cuda'
     native = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else
               torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
@@ -247,14 +242,17 @@ def amp_dtype(amp, device):
 # checkpoints
 
 def fingerprint(net):
-    """sha256 of weights and normalisation, the first 16 hex digits: the same function has the same one in any file."""
-    digest = hashlib.sha256(repr((net.config['mean'], net.config['std'])).encode())
+    """sha256 of weights and normalisation, 16 hex digits: the same function, the same fingerprint."""
+    digest = hashlib.sha256()
+    if net.config['mean']:
+        digest.update(repr((net.config['mean'], net.config['std'])).encode())
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 def save_checkpoint(path, net, **meta):
-    """The plain module's weights, what build() needs to make it again, and whatever the caller adds. Atomic. Raises OSError."""
+    """The plain module's weights, what build() needs to make it again, and whatever the caller
+    adds. Atomic. Raises OSError."""
     with atomic(path) as tmp:
         try:
             torch.save({'state_dict': net.state_dict(), 'config': net.config, **meta}, tmp)
@@ -262,7 +260,8 @@ def save_checkpoint(path, net, **meta):
             raise OSError(str(e)) from e
 
 def read(path):
-    """What torch.save wrote to path, on the CPU. Raises ValueError for anything else, one line that says what it is."""
+    """What torch.save wrote to path, on the CPU.
+    Raises ValueError for anything else, one line that says what it is."""
     try:
         with open(path, 'rb') as f:
             head = f.read(64).lstrip()
@@ -272,37 +271,43 @@ def read(path):
         raise ValueError(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:          # zip, pickle, EOF, EINVAL: whatever a truncated or foreign file provokes in torch.load
-        if 'Unsupported' in str(e):
-            raise ValueError(f'{path} holds Python objects beside tensors and is not unpickled: save its state dict alone') from e
+    except Exception as e:                  # zip, pickle, EOF, EINVAL: whatever a truncated or foreign file
+        if 'Unsupported' in str(e):         # provokes in torch.load
+            raise ValueError(f'{path} holds Python objects beside tensors and is not unpickled: '
+                             'save its state dict alone') from e
         raise ValueError(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
 
+def is_ours(ckpt):
+    """Written by save_checkpoint: it says what to build."""
+    config = isinstance(ckpt, dict) and ckpt.get('config')
+    return isinstance(config, dict) and set(config) == {'name', 'num_classes', 'width', 'mean', 'std'}
+
 def load_checkpoint(path, name=None, num_classes=None, **options):
-    """
-    -> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state dict, bare or under
-    one of the usual keys, and needs build()'s arguments; its meta is {}. Always strict. Raises ValueError, one line.
-    """
+    """-> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state
+    dict, bare or under one of the usual keys, and needs build()'s arguments; its meta is {}. Always strict.
+    Raises ValueError, one line."""
     ckpt = read(path)
     if not isinstance(ckpt, dict):
         raise ValueError(f'{path} holds a {type(ckpt).__name__}, not a state dict')
-    config = ckpt.get('config')
-    ours = isinstance(config, dict) and set(config) == {'name', 'num_classes', 'width', 'mean', 'std'}
-    weights = next((ckpt[k] for k in ('state_dict', 'model_state_dict', 'model', 'net') if isinstance(ckpt.get(k), dict)), ckpt)
+    config = ckpt['config'] if is_ours(ckpt) else None
+    weights = next((ckpt[k] for k in ('state_dict', 'model_state_dict', 'model', 'net')
+                    if isinstance(ckpt.get(k), dict)), ckpt)
     weights = {re.sub(r'^((module|_orig_mod)\.)+', '', str(k)): v for k, v in weights.items()
                if 'sub_block1.' not in str(k)}        # the TRADES code builds this block and never calls it
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
         raise ValueError(f'{path} is a PyTorch file but no state dict')
-    if not ours:
+    if config is None:
         if name is None:
             raise ValueError(f'{path} holds weights only: name their architecture with --model (and --width)')
         config = dict(name=name, num_classes=num_classes, **options)
     net = build(**config)
     expected = net.state_dict()
-    wrong = [f'no {k}' for k in expected if k not in weights] + [f'unknown {k}' for k in weights if k not in expected]
+    wrong = ([f'no {k}' for k in expected if k not in weights]
+             + [f'unknown {k}' for k in weights if k not in expected])
     wrong += [f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}' for k, v in expected.items()
               if k in weights and weights[k].shape != v.shape]
     if wrong:
-        raise ValueError(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: {len(wrong)} entries '
-                         f'differ, the first: {wrong[0]}')
+        raise ValueError(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
+                         f'{len(wrong)} entries differ, the first: {wrong[0]}')
     net.load_state_dict(weights)
-    return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if ours else {}
+    return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if is_ours(ckpt) else {}

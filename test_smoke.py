@@ -23,7 +23,8 @@ def inputs(B=7, K=10, scale=3.0, dtype=torch.float64, seed=0):
     """One tensor for every name a loss may ask for."""
     g = torch.Generator().manual_seed(seed)
     names = {name for m in METHODS.values() for name in needs(m.loss) + needs(m.inner)} - {'y'}
-    out = {name: (scale * torch.randn(B, K, generator=g, dtype=torch.float64)).to(dtype) for name in sorted(names)}
+    out = {name: (scale * torch.randn(B, K, generator=g, dtype=torch.float64)).to(dtype)
+           for name in sorted(names)}
     return dict(out, y=torch.randint(K, (B,), generator=g))
 
 def call(fn, tensors, **hp):
@@ -44,7 +45,8 @@ FORMULAS = {
     'standard':   lambda i: -math.log(i['p'][i['y']]),
     'pgd_at':     lambda i: -math.log(i['p_adv'][i['y']]),
     'trades':     lambda i: -math.log(i['p'][i['y']]) + 6 * KL(i['p'], i['p_adv']),
-    'hat':        lambda i: -math.log(i['p'][i['y']]) + 2.5 * KL(i['p'], i['p_adv']) - 0.5 * math.log(i['p_helper'][int(np.argmax(i['t_adv']))]),
+    'hat':        lambda i: -math.log(i['p'][i['y']]) + 2.5 * KL(i['p'], i['p_adv'])
+                            - 0.5 * math.log(i['p_helper'][int(np.argmax(i['t_adv']))]),
     'softmax_kl': lambda i: 0.2 * (KL(i['t'], i['p']) + KL(i['t'], i['p_adv'])) + KL(i['p'], i['p_adv']),
     'logit_mse':  lambda i: 0.2 * (MSE(i['z'], i['v']) + MSE(i['z_adv'], i['v'])) + MSE(i['z'], i['z_adv']),
 }
@@ -55,8 +57,9 @@ def test_loss_equals_its_formula_in_float64(name):
     got = call(METHODS[name].loss, tensors)
     for b in range(len(got)):
         row = {k: v[b].tolist() for k, v in tensors.items()}
-        i = dict(y=row['y'], z=row['logits'], z_adv=row['logits_adv'], v=row['t_logits'], p=softmax(row['logits']),
-                 p_adv=softmax(row['logits_adv']), p_helper=softmax(row['logits_helper']), t=softmax(row['t_logits']),
+        i = dict(y=row['y'], z=row['logits'], z_adv=row['logits_adv'], v=row['t_logits'],
+                 p=softmax(row['logits']), p_adv=softmax(row['logits_adv']),
+                 p_helper=softmax(row['logits_helper']), t=softmax(row['t_logits']),
                  t_adv=softmax(row['t_logits_adv']))
         assert got[b].item() == pytest.approx(FORMULAS[name](i), rel=1e-10)
 
@@ -75,7 +78,8 @@ def test_loss_contract(name):
         assert grad.isfinite().all() and grad.abs().sum() > 0
         order = torch.randperm(7)
         assert torch.equal(call(fn, {k: v[order] for k, v in tensors.items()}), value[order])
-    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in inspect.signature(loss).parameters.values())
+    assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+               for p in inspect.signature(loss).parameters.values())
 
 def test_hard_label_free_methods_name_no_label():
     for name in ('softmax_kl', 'logit_mse'):
@@ -83,11 +87,13 @@ def test_hard_label_free_methods_name_no_label():
 
 def test_kl_direction_by_hand():
     p, q = torch.tensor([[.5, .5]]).log(), torch.tensor([[.9, .1]]).log()
-    assert losses.kl(q, p).item() == pytest.approx(.5 * math.log(.5 / .9) + .5 * math.log(.5 / .1))     # KL(p || q), q first
+    expected = .5 * math.log(.5 / .9) + .5 * math.log(.5 / .1)      # KL(p || q), q first
+    assert losses.kl(q, p).item() == pytest.approx(expected)
 
 def test_softmax_kl_reverse_swaps_the_teacher_terms_only():
     i, kl = inputs(), losses.kl
-    expected = 0.2 * (kl(i['t_logits'], i['logits']) + kl(i['t_logits'], i['logits_adv'])) + kl(i['logits_adv'], i['logits'])
+    expected = (0.2 * (kl(i['t_logits'], i['logits']) + kl(i['t_logits'], i['logits_adv']))
+                + kl(i['logits_adv'], i['logits']))
     assert torch.allclose(call(losses.softmax_kl, i, reverse=True), expected)
 
 def test_clean_branch_of_trades_is_not_detached():
@@ -137,19 +143,22 @@ def test_fgsm_is_one_signed_step(net):
     with attacks.attack_mode(net):
         x = X.clone().requires_grad_()
         grad, = torch.autograd.grad(objective(x).sum(), x)
-        assert torch.equal(attacks.fgsm(objective, X, eps=8 / 255), (X + 8 / 255 * grad.sign()).clamp(X - 8 / 255, X + 8 / 255).clamp(0, 1))
+        expected = (X + 8 / 255 * grad.sign()).clamp(X - 8 / 255, X + 8 / 255).clamp(0, 1)
+        assert torch.equal(attacks.fgsm(objective, X, eps=8 / 255), expected)
 
 def test_self_alignment_has_no_gradient_at_x(net):
     """Why the attacks of TRADES and its family start beside x."""
     with attacks.attack_mode(net):
         z = net(X).detach()
-        for objective, method in ((losses.climb_kl, METHODS['trades']), (losses.climb_mse, METHODS['logit_mse'])):
+        for objective, method in ((losses.climb_kl, METHODS['trades']),
+                                  (losses.climb_mse, METHODS['logit_mse'])):
             x = X.clone().requires_grad_()
             grad, = torch.autograd.grad(objective(net(x), z).sum(), x)
             assert grad.abs().max() < 1e-6 and method.attack['init'] == 'normal'
 
 def test_cw_margin_by_hand():
-    assert attacks.cw_margin(torch.tensor([[1., 5., 3.], [4., 0., 1.]]), torch.tensor([1, 2])).tolist() == [-2., 3.]
+    logits = torch.tensor([[1., 5., 3.], [4., 0., 1.]])
+    assert attacks.cw_margin(logits, torch.tensor([1, 2])).tolist() == [-2., 3.]
 
 @pytest.mark.parametrize('bn', ['eval', 'train'])
 def test_attack_mode_moves_nothing_and_restores_all(net, bn):
@@ -162,7 +171,8 @@ def test_attack_mode_moves_nothing_and_restores_all(net, bn):
         assert not any(p.requires_grad for p in net.parameters()) and net.bn1.training == (bn == 'train')
         attacks.pgd(lambda x: F.cross_entropy(net(x), Y, reduction='none'), X, steps=2)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert modes == [m.training for m in net.modules()] and grads == [p.requires_grad for p in net.parameters()]
+    assert modes == [m.training for m in net.modules()]
+    assert grads == [p.requires_grad for p in net.parameters()]
     assert all(p.grad is None for p in net.parameters())
     net.train().requires_grad_(True)
 
@@ -174,7 +184,8 @@ def test_crop_flip_equals_loops():
     out = data.crop_flip(x, torch.Generator().manual_seed(0))
     padded = np.pad(x.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
     for image, frame in zip(out.numpy(), padded):
-        views = [v for i in range(9) for j in range(9) for v in (frame[i:i + 32, j:j + 32], frame[i:i + 32, j:j + 32][:, ::-1])]
+        views = [v for i in range(9) for j in range(9)
+                 for v in (frame[i:i + 32, j:j + 32], frame[i:i + 32, j:j + 32][:, ::-1])]
         assert any((image == v).all() for v in views)
     assert not torch.equal(out, x)
 
@@ -182,7 +193,8 @@ def numbered(folder, n):
     """An npz of n training images whose first two bytes are their number."""
     x = np.zeros((n, 8, 8, 3), np.uint8)
     x[:, 0, 0, 0], x[:, 0, 0, 1] = np.arange(n) % 256, np.arange(n) // 256
-    np.savez(folder / 'numbered.npz', x_train=x, y_train=np.arange(n) % 10, x_test=x[:10], y_test=np.arange(10))
+    np.savez(folder / 'numbered.npz', x_train=x, y_train=np.arange(n) % 10,
+             x_test=x[:10], y_test=np.arange(10))
 
 @pytest.mark.parametrize('n, held_out', [(300, 30), (12000, 1000)])
 def test_holdout_is_disjoint_and_the_same_for_every_subset(n, held_out, tmp_path):
@@ -190,25 +202,29 @@ def test_holdout_is_disjoint_and_the_same_for_every_subset(n, held_out, tmp_path
     number = lambda x: set((x[:, 0, 0, 0].long() + 256 * x[:, 0, 0, 1].long()).tolist())
     whole, part = data.load('numbered', tmp_path), data.load('numbered', tmp_path, subset=50)
     assert number(whole.x_val) == number(part.x_val) and len(number(whole.x_val)) == held_out
-    assert number(whole.x_train) | number(whole.x_val) == set(range(n)) and not number(whole.x_train) & number(whole.x_val)
+    assert number(whole.x_train) | number(whole.x_val) == set(range(n))
+    assert not number(whole.x_train) & number(whole.x_val)
     assert sorted(number(whole.x_train))[:50] == sorted(number(part.x_train))
 
 def test_digits_are_the_real_ones():
     d = data.load('digits')
-    assert len(d.x_train) + len(d.x_val) + len(d.x_test) == 1797 and d.x_test.shape == (449, 32, 32, 3) and d.x_test.dtype == torch.uint8
-    assert d.x_test.max() == 255 and torch.equal(d.x_test[:, ::4, ::4], d.x_test[:, 3::4, 3::4])       # 4x4 blocks
+    assert len(d.x_train) + len(d.x_val) + len(d.x_test) == 1797
+    assert d.x_test.shape == (449, 32, 32, 3) and d.x_test.dtype == torch.uint8
+    assert d.x_test.max() == 255 and torch.equal(d.x_test[:, ::4, ::4], d.x_test[:, 3::4, 3::4])  # 4x4 blocks
 
 def test_batches_are_seeded_and_in_range():
     d = data.load('synthetic', subset=100)
-    epochs = [list(data.batches(d.x_train, d.y_train, 32, True, torch.Generator().manual_seed(5))) for _ in range(2)]
+    epochs = [list(data.batches(d.x_train, d.y_train, 32, True, torch.Generator().manual_seed(5)))
+              for _ in range(2)]
     assert [len(y) for _, y in epochs[0]] == [32, 32, 32]       # whole batches only
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*epochs))
     x = epochs[0][0][0]
     assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
     assert sum(len(y) for _, y in data.batches(d.x_val, d.y_val, 50)) == len(d.y_val)
 
-@pytest.mark.parametrize('name, millions', [('resnet18', 11.174), ('resnet34', 21.282), ('resnet50', 23.521), ('preactresnet18', 11.172),
-                                            ('wrn-28-10', 36.479), ('wrn-34-10', 46.160), ('mobilenetv2', 2.297)])
+@pytest.mark.parametrize('name, millions', [
+    ('resnet18', 11.174), ('resnet34', 21.282), ('resnet50', 23.521), ('preactresnet18', 11.172),
+    ('wrn-28-10', 36.479), ('wrn-34-10', 46.160), ('mobilenetv2', 2.297)])
 def test_models_have_the_published_size(name, millions):
     with torch.device('meta'):
         net = models.build(name, 10)
@@ -224,14 +240,16 @@ def test_narrow_models_run_with_a_small_image_stem(name):
 
 def test_autoattacks_example_checkpoint_loads_unchanged():
     import pyautoattack
-    net, meta = models.load_checkpoint(pathlib.Path(pyautoattack.__file__).parent / 'examples/model_test.pt', 'resnet18', 10)
+    path = pathlib.Path(pyautoattack.__file__).parent / 'examples/model_test.pt'
+    net, meta = models.load_checkpoint(path, 'resnet18', 10)
     assert meta == {} and not net.training
 
 def test_checkpoint_round_trip_and_prefixes(tmp_path, net):
     models.save_checkpoint(tmp_path / 'a.pt', net, dataset='synthetic')
     again, meta = models.load_checkpoint(tmp_path / 'a.pt')
     assert models.fingerprint(again) == models.fingerprint(net) and meta['dataset'] == 'synthetic'
-    torch.save({'model_state_dict': {f'module._orig_mod.{k}': v for k, v in net.state_dict().items()}}, tmp_path / 'b.pt')
+    torch.save({'model_state_dict': {f'module._orig_mod.{k}': v for k, v in net.state_dict().items()}},
+               tmp_path / 'b.pt')
     again, meta = models.load_checkpoint(tmp_path / 'b.pt', 'resnet18', 10, width=4)
     assert models.fingerprint(again) == models.fingerprint(net) and meta == {}
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith('.tmp')] == []
@@ -240,7 +258,8 @@ def test_checkpoint_round_trip_and_prefixes(tmp_path, net):
 # scripts, through their command lines
 
 def run(script, *argv):
-    """A script in this process, as __main__ with these arguments: saves the import of torch. Returns its globals."""
+    """A script in this process, as __main__ with these arguments: saves the import of torch.
+    Returns its globals."""
     old = sys.argv
     sys.argv = [script, *map(str, argv)]
     try:
@@ -258,19 +277,24 @@ def teacher(tmp_path_factory):
 def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
     before = teacher.read_bytes()
     flags = ['--teacher', teacher] if losses.needs_teacher(METHODS[loss]) else []
-    script = run('train_adv.py', '--loss', loss, *TINY, *flags, '--epochs', 1, '--steps', 2, '--out', tmp_path)
+    script = run('train_adv.py', '--loss', loss, *TINY, *flags, '--epochs', 1, '--steps', 2,
+                 '--out', tmp_path)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert log[0]['loss'] == loss and log[0]['torch'] == str(torch.__version__) and math.isfinite(log[1]['loss']) and len(log) == 2
+    assert log[0]['loss'] == loss and log[0]['torch'] == str(torch.__version__)
+    assert math.isfinite(log[1]['loss']) and len(log) == 2
     for name in ('best.pt', 'last.pt'):
         net, meta = models.load_checkpoint(tmp_path / name)
         assert meta['loss'] == loss and meta['hparams'] == hparams(METHODS[loss].loss) and meta['eps'] == 8
     torch.manual_seed(0)
-    assert models.fingerprint(net) != models.fingerprint(models.build('resnet18', 10, width=4))         # the student moved
+    start = models.build('resnet18', 10, width=4)
+    assert models.fingerprint(net) != models.fingerprint(start)         # the student moved
     if script['teacher'] is not None:
         assert all(p.grad is None and not p.requires_grad for p in script['teacher'].parameters())
-        assert models.fingerprint(script['teacher']) == meta['teacher']['fingerprint'] == models.fingerprint(models.load_checkpoint(teacher)[0])
+        assert (models.fingerprint(script['teacher']) == meta['teacher']['fingerprint']
+                == models.fingerprint(models.load_checkpoint(teacher)[0]))
         assert teacher.read_bytes() == before
-    assert all(p.grad is None for p in script['student'].parameters()) and script['student'].conv1.weight.requires_grad
+    assert all(p.grad is None for p in script['student'].parameters())
+    assert script['student'].conv1.weight.requires_grad
 
 def test_best_is_selected_by_pgd_or_for_standard_training_by_clean_accuracy(tmp_path):
     for loss, figure in (('standard', 'val_clean'), ('pgd_at', 'val_pgd20')):
@@ -281,7 +305,8 @@ def test_best_is_selected_by_pgd_or_for_standard_training_by_clean_accuracy(tmp_
         assert models.load_checkpoint(tmp_path / loss / 'last.pt')[1]['epoch'] == 3
 
 def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys):
-    script = run('evaluate.py', teacher, '--n', 40, '--eps', 64, '--attacks', 'fgsm', 'pgd', 'cw', '--out', tmp_path / 'e.json')
+    script = run('evaluate.py', teacher, '--n', 40, '--eps', 64, '--attacks', 'fgsm', 'pgd', 'cw',
+                 '--out', tmp_path / 'e.json')
     report, screen = json.loads((tmp_path / 'e.json').read_text()), capsys.readouterr().out
     results = report['results']
     assert list(results) == ['clean', 'fgsm', 'pgd-20', 'cw-20', 'all of the above'] and report['complete']
@@ -292,7 +317,8 @@ def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys)
     net, d = models.load_checkpoint(teacher)[0], data.load('synthetic')
     clean = (net(data.to_float(d.x_test[:40])).argmax(1) == d.y_test[:40]).float().mean().item()
     assert results['clean']['accuracy'] == pytest.approx(100 * clean) and clean > 0.2
-    assert results['all of the above']['accuracy'] <= results['pgd-20']['accuracy'] < results['clean']['accuracy']
+    assert (results['all of the above']['accuracy'] <= results['pgd-20']['accuracy']
+            < results['clean']['accuracy'])
 
 def fails_at(call, fn):
     """fn, whose result turns to NaN in that call."""
@@ -308,7 +334,8 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(script, tmp_
         flags += ['--loss', 'trades', '--steps', 1]
     else:
         mean_ce = fails_at(6, F.cross_entropy)
-        monkeypatch.setattr(F, 'cross_entropy', lambda x, y, reduction=None: mean_ce(x, y) if reduction is None else ce(x, y, reduction=reduction))
+        monkeypatch.setattr(F, 'cross_entropy', lambda x, y, reduction=None:
+                            mean_ce(x, y) if reduction is None else ce(x, y, reduction=reduction))
     with pytest.raises(SystemExit) as e:
         run(script, *flags)
     assert 'non-finite loss in epoch 3, batch 2' in str(e.value) and '\n' not in str(e.value)
@@ -319,7 +346,8 @@ ce = F.cross_entropy
 def test_half_a_teacher_is_not_taken(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = 'runs/synthetic-resnet18-w4-n64-teacher'
-    models.save_checkpoint(f'{folder}/last.pt', models.build('resnet18', 10, width=4), dataset='synthetic', epoch=3, run=dict(epochs=9))
+    models.save_checkpoint(f'{folder}/last.pt', models.build('resnet18', 10, width=4),
+                           dataset='synthetic', epoch=3, run=dict(epochs=9))
     with pytest.raises(SystemExit):
         run('train_adv.py', *TINY, '--out', tmp_path / 'out')
     assert f'the teacher in {folder} is at epoch 3 of 9' in capsys.readouterr().err
@@ -354,7 +382,8 @@ BAD = [     # script, arguments, what the one line has to say
     ('evaluate.py', '{tmp}/html.pt', 'web page'),
     ('evaluate.py', '{tmp}/nothing.pt --model resnet18', 'No such file'),
     ('evaluate.py', '{tmp}/classes.pt --model resnet18', 'says itself what it is'),
-    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18 --width 4 --out {tmp}', 'Is a directory'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18 --width 4 --out {tmp}',
+     'Is a directory'),
     ('evaluate.py', '{tmp}/classes.pt --attacks pdg', "invalid choice: 'pdg'"),
 ]
 
@@ -398,7 +427,8 @@ def test_a_bad_npz_is_one_clear_line(damage, says, tmp_path, capsys):
     damage(arrays)
     np.savez(tmp_path / 'mine.npz', **arrays)
     with pytest.raises(SystemExit) as e:
-        run('train_adv.py', '--loss', 'trades', '--dataset', 'mine', '--data-dir', tmp_path, '--out', tmp_path / 'out')
+        run('train_adv.py', '--loss', 'trades', '--dataset', 'mine', '--data-dir', tmp_path,
+            '--out', tmp_path / 'out')
     err = capsys.readouterr().err
     assert e.value.code == 2 and says in err and err.count('\n') == 1
 
@@ -414,29 +444,36 @@ def test_readme_example_runs():
     torch.manual_seed(0)
     for drop in '+-':
         code = '\n'.join(line[1:] for line in diff if line[:1] != drop)
-        net, teacher = models.build('resnet18', 10, width=4), models.build('resnet18', 10, width=4).eval().requires_grad_(False)
+        net = models.build('resnet18', 10, width=4)
+        teacher = models.build('resnet18', 10, width=4).eval().requires_grad_(False)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
         before = models.fingerprint(net)
         exec(code, dict(model=net, teacher=teacher, optimizer=optimizer, loader=[(X, Y)]))
         assert models.fingerprint(net) != before and all(p.grad is None for p in teacher.parameters())
 
 def test_readme_commands_run(tmp_path):
-    """Every python command of the README's sh blocks, as a user types it, on a handful of images under the same names."""
+    """Every python command of the README's sh blocks, as a user types it, on a handful of
+    images under the same names."""
     d = data.load('synthetic')
     (tmp_path / 'data').mkdir()
     for name in ('digits', 'cifar10'):
-        np.savez(tmp_path / f'data/{name}.npz', x_train=d.x_train[:40], y_train=d.y_train[:40], x_test=d.x_test[:8], y_test=d.y_test[:8])
+        np.savez(tmp_path / f'data/{name}.npz', x_train=d.x_train[:40], y_train=d.y_train[:40],
+                 x_test=d.x_test[:8], y_test=d.y_test[:8])
     torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'model_test.pt')
-    commands = [line for block in re.findall(r'```sh\n(.*?)```', README, re.S) for line in block.splitlines() if line.startswith('python ')]
+    commands = [line for block in re.findall(r'```sh\n(.*?)```', README, re.S)
+                for line in block.splitlines() if line.startswith('python ')]
     assert len(commands) >= 6
     for command in commands:
-        script, *argv = shlex.split(command.replace('cifar10-resnet18', 'cifar10-resnet18-w4'), comments=True)[1:]
+        script, *argv = shlex.split(command.replace('cifar10-resnet18', 'cifar10-resnet18-w4'),
+                                    comments=True)[1:]
         if script in ('test_smoke.py', 'losses.py'):
             continue
         if 'digits' not in command and 'runs/' not in command:
             argv += ['--width', '4']
-        argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'train_adv.py': '--epochs 1 --steps 1'}[script].split()
-        done = subprocess.run([sys.executable, str(HERE / script), *argv], cwd=tmp_path, capture_output=True, text=True)
+        argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1',
+                 'train_adv.py': '--epochs 1 --steps 1'}[script].split()
+        done = subprocess.run([sys.executable, str(HERE / script), *argv], cwd=tmp_path,
+                              capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
 
 if __name__ == '__main__':

@@ -1,13 +1,13 @@
 """
 Adversarial training, with or without a teacher, with or without labels.
 
-$ python train_adv.py --loss logit_mse --beta 0.2                      # trains its teacher first if there is none
+$ python train_adv.py --loss logit_mse --beta 0.2                      # trains its teacher first
 $ python train_adv.py --loss trades --beta 5 --dataset cifar100
-$ python train_adv.py --loss logit_mse --beta 0.2 --dataset digits     # no download, no GPU, two minutes on two cores
+$ python train_adv.py --loss logit_mse --beta 0.2 --dataset digits     # no download, no GPU, three minutes
 
-The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight decay 5e-4,
-one cycle with cosine annealing to 0.2, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255, selection by PGD-20.
-Numbers that came out of it, with hardware and minutes: README.md and results/.
+The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight
+decay 5e-4, one cycle with cosine annealing to 0.2, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255,
+selection by PGD-20. Numbers that came out of it, with hardware and minutes: README.md and results/.
 """
 import argparse, os, subprocess, sys, time
 
@@ -22,23 +22,30 @@ from losses import METHODS, hparams, needs, needs_teacher
 from models import amp_dtype, fingerprint, load_checkpoint, save_checkpoint
 
 # -----------------------------------------------------------------------------
-# arguments. --loss and --dataset are read first: the loss's signature adds its flags, the dataset's row sets defaults
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')     # one line, without the usage
+# arguments. --loss and --dataset are read first: the loss's signature adds flags, the dataset sets defaults
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 allow_abbrev=False)
+# one line, without the usage
+parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
 parser.add_argument('--loss', default='logit_mse', choices=METHODS, help='see the table in README.md')
 data.add_args(parser); models.add_args(parser); attacks.add_args(parser)
 parser.add_argument('--steps', type=int, default=10, help='of the attack in training')
-parser.add_argument('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='where it starts (TRADES and kin: normal)')
-parser.add_argument('--attack-bn', default='eval', choices=['eval', 'train'], help='BN mode while the attack is crafted')
+parser.add_argument('--init', default='uniform', choices=['uniform', 'normal', 'zero'],
+                    help='where it starts (TRADES and kin: normal)')
+parser.add_argument('--attack-bn', default='eval', choices=['eval', 'train'],
+                    help='BN mode while the attack is crafted')
 g = parser.add_argument_group('training')
-g.add_argument('--teacher', metavar='PT', help="frozen standard teacher (default: this dataset and model's, trained if need be)")
-g.add_argument('--teacher-model', help='architecture of a --teacher that holds weights only (default: --model, full width)')
+g.add_argument('--teacher', metavar='PT',
+               help="frozen standard teacher (default: this dataset and model's, trained if need be)")
+g.add_argument('--teacher-model',
+               help='architecture of a --teacher that holds weights only (default: --model, full width)')
 g.add_argument('--epochs', type=int, default=100)
 g.add_argument('--batch-size', type=int, default=128)
 g.add_argument('--lr', type=float, default=0.2, help='maximum of the one-cycle schedule')
 g.add_argument('--weight-decay', type=float, default=5e-4)
 g.add_argument('--seed', type=int, default=0)
-g.add_argument('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='autocast; auto: bf16 where native')
+g.add_argument('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'],
+               help='autocast; auto: bf16 where native')
 g.add_argument('--compile', action='store_true', help='torch.compile student and teacher')
 g.add_argument('--out', metavar='DIR', help='default: runs/DATASET-MODEL-LOSS...')
 
@@ -56,7 +63,8 @@ try:
     defaults = data.row(first.dataset, first.data_dir)
 except ValueError as e:
     parser.error(e)
-parser.set_defaults(**method.attack, **{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
+parser.set_defaults(**method.attack,
+                    **{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
 args, unknown = parser.parse_known_args()
 if unknown:
     parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '
@@ -69,7 +77,7 @@ for flag, low in dict(epochs=1, batch_size=2, steps=1, lr=0, weight_decay=0, **{
         parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, at least {low}')
 
 # -----------------------------------------------------------------------------
-# device, precision, data, models, output: everything that can be wrong with the input is wrong here, before any work
+# device, precision, data, models, output: wrong input is found here, before any work
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 teacher, teacher_meta = None, None
 try:
@@ -90,18 +98,20 @@ try:
     torch.manual_seed(args.seed)
     student = models.build(args.model, d.classes, width=args.width, mean=mean, std=std)
     if needs_teacher(method):
-        if args.teacher is None:                        # section 3: "it is feasible to train our own teacher model"
+        if args.teacher is None:                # section 3: "it is feasible to train our own teacher model"
             folder = f'runs/{task}-teacher'
             args.teacher = f'{folder}/best.pt'
             if os.path.exists(f'{folder}/last.pt'):
                 last = load_checkpoint(f'{folder}/last.pt')[1]
                 if last['epoch'] < last['run']['epochs']:
-                    raise ValueError(f'the teacher in {folder} is at epoch {last["epoch"]} of {last["run"]["epochs"]}: '
-                                     f'wait for it or delete the folder, or pass --teacher {args.teacher} as it is')
+                    raise ValueError(f'the teacher in {folder} is at epoch {last["epoch"]} of '
+                                     f'{last["run"]["epochs"]}: wait for it or delete the folder, '
+                                     f'or pass --teacher {args.teacher} as it is')
                 print(f'no --teacher: taking {args.teacher}, trained earlier', flush=True)
             else:
                 print(f'no --teacher, and none in {folder}: training it first', flush=True)
-                flags = [f'--{k.replace("_", "-")}={getattr(args, k)}' for k in ('dataset', 'data_dir', 'model', 'amp')]
+                flags = [f'--{k.replace("_", "-")}={getattr(args, k)}'
+                         for k in ('dataset', 'data_dir', 'model', 'amp')]
                 flags += [f'--{k}={getattr(args, k)}' for k in ('width', 'subset') if getattr(args, k)]
                 flags += ['--normalize'] * args.normalize + ['--compile'] * args.compile + [f'--out={folder}']
                 script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_teacher.py')
@@ -109,7 +119,8 @@ try:
                     sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')
         teacher, meta = load_checkpoint(args.teacher, args.teacher_model or args.model, d.classes)
         if teacher.config['num_classes'] != d.classes:
-            raise ValueError(f'{args.teacher} knows {teacher.config["num_classes"]} classes, {args.dataset} has {d.classes}')
+            raise ValueError(f'{args.teacher} knows {teacher.config["num_classes"]} classes, '
+                             f'{args.dataset} has {d.classes}')
         if meta.get('dataset', args.dataset) != args.dataset:
             raise ValueError(f'{args.teacher} was trained on {meta["dataset"]}, not on {args.dataset}')
         teacher = teacher.to(device, memory_format=models.layout(device)).requires_grad_(False)
@@ -128,12 +139,15 @@ if args.compile:
 # -----------------------------------------------------------------------------
 # optimiser and schedule
 steps_per_epoch = max(1, len(d.y_train) // args.batch_size)
-optimizer = torch.optim.SGD(student.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
-# the paper states momentum 0.9: not cycled. 25 % of warm-up as in HAT's code, whose settings the paper's resemble
-total_steps = max(5, args.epochs * steps_per_epoch)              # of four or fewer, OneCycleLR divides by zero
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total_steps, pct_start=0.25, cycle_momentum=False)
+optimizer = torch.optim.SGD(student.parameters(), lr=args.lr, momentum=0.9, nesterov=True,
+                            weight_decay=args.weight_decay)
+# the paper states momentum 0.9: not cycled. 25 % of warm-up as in HAT's code, which the settings resemble
+total_steps = max(5, args.epochs * steps_per_epoch)             # of four or fewer, OneCycleLR divides by zero
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total_steps, pct_start=0.25,
+                                                cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-generator = torch.Generator(device).manual_seed(args.seed)      # data order and augmentation: the same for every loss
+# data order and augmentation: the same for every loss
+generator = torch.Generator(device).manual_seed(args.seed)
 
 # -----------------------------------------------------------------------------
 # the two halves of the min-max problem
@@ -143,23 +157,27 @@ def logits_of(net, x):
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
         return net(x).float()
 
-def craft(x, y, steps=args.steps):
+def craft(x, y):
     """x_adv: PGD on method.inner. What does not depend on x_adv is computed once, *_adv in every step."""
     if method.inner is None:
         return x
-    scale = 2.0 ** 10 if dtype is torch.float16 else 1.0        # the gradient of a confident logit is 0 in fp16
+    scale = 2.0 ** 10 if dtype is torch.float16 else 1.0    # the gradient of a confident logit is 0 in fp16
     once = dict(y=lambda: y, logits=lambda: logits_of(net, x), t_logits=lambda: logits_of(guide, x))
-    live = dict(logits_adv=lambda x_adv: logits_of(net, x_adv), t_logits_adv=lambda x_adv: logits_of(guide, x_adv))
+    live = dict(logits_adv=lambda x_adv: logits_of(net, x_adv),
+                t_logits_adv=lambda x_adv: logits_of(guide, x_adv))
     names = needs(method.inner)
     with attack_mode(student, bn=args.attack_bn):
         with torch.no_grad():
             fixed = {k: once[k]() for k in names if k in once}
         inner_hp = {k: hp[k] for k in hparams(method.inner)}
-        climb = lambda x_adv: scale * method.inner(**fixed, **{k: live[k](x_adv) for k in names if k in live}, **inner_hp)
-        return pgd(climb, x, eps=args.eps / 255, step_size=args.step_size / 255, steps=steps, init=args.init, norm=args.norm)
+        climb = lambda x_adv: scale * method.inner(
+            **fixed, **{k: live[k](x_adv) for k in names if k in live}, **inner_hp)
+        return pgd(climb, x, eps=args.eps / 255, step_size=args.step_size / 255, steps=args.steps,
+                   init=args.init, norm=args.norm)
 
 def loss_on(x, x_adv, y):
-    """method.loss, (B,). Every name a loss may ask for is here; those it asks for are computed, in the order it asks."""
+    """method.loss, (B,). Every name a loss may ask for is here; those it asks for are
+    computed, in the order it asks."""
     teach = torch.no_grad()(lambda x: logits_of(guide, x))
     forward = dict(
         y             = lambda: y,
@@ -173,8 +191,8 @@ def loss_on(x, x_adv, y):
 
 def validate(model, n=None):
     """
-    Clean and PGD-20 accuracy in percent on (the first n of) the held-out training images, and the mean clean CE; eager
-    and without autocast, which starves the attack on a confident network of gradients.
+    Clean and PGD-20 accuracy in percent on (the first n of) the held-out training images, and the mean clean
+    CE; eager and without autocast, which starves the attack on a confident network of gradients.
     """
     hits = torch.zeros(3, device=device)
     with attack_mode(model):
@@ -194,16 +212,18 @@ if teacher is not None:
     n = min(100, len(d.y_val))
     clean, robust, _ = validate(teacher, n)
     teacher_meta.update(val_clean=clean, val_pgd20=robust, val_n=n)
-    print(f'teacher {args.teacher} ({teacher_meta["fingerprint"]}): {clean:.1f} % clean, {robust:.1f} % under PGD-20 '
-          f'on {n} held-out images')
-config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train), val_images=len(d.y_val),
-              teacher_meta=teacher_meta, precision=str(dtype or torch.float32), **environment(device))
+    print(f'teacher {args.teacher} ({teacher_meta["fingerprint"]}): {clean:.1f} % clean, '
+          f'{robust:.1f} % under PGD-20 on {n} held-out images')
+config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train),
+              val_images=len(d.y_val), teacher_meta=teacher_meta, precision=str(dtype or torch.float32),
+              **environment(device))
 rule = f'{"PGD-20" if method.inner else "clean accuracy"} on {len(d.y_val)} held-out training images'
 epoch, best, started = 0, -1.0, time.perf_counter()
 try:
-    table = Table(args.out, config, epoch='d', lr='.4f', loss='.4f', val_clean='.2f', val_pgd20='.2f', img_per_s='.0f', min_left='.1f')
-    print(f'eps {args.eps:g}/255 = {args.eps / 255:.5f}, step {args.step_size:g}/255, PGD-{args.steps}; {len(d.y_train)} images, '
-          f'{len(d.y_val)} more held out')
+    table = Table(args.out, config, epoch='d', lr='.4f', loss='.4f', val_clean='.2f', val_pgd20='.2f',
+                  img_per_s='.0f', min_left='.1f')
+    print(f'eps {args.eps:g}/255 = {args.eps / 255:.5f}, step {args.step_size:g}/255, PGD-{args.steps}; '
+          f'{len(d.y_train)} images, {len(d.y_val)} more held out')
     for epoch in range(1, args.epochs + 1):
         student.train()
         t0, losses = time.perf_counter(), []
@@ -221,10 +241,11 @@ try:
         img_per_s = len(losses) * len(x) / (time.perf_counter() - t0)
         clean, robust, val_loss = validate(student)
         check_finite(losses, val_loss, epoch)
-        table.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean, val_pgd20=robust,
-                  img_per_s=img_per_s, min_left=(time.perf_counter() - started) / epoch * (args.epochs - epoch) / 60)
-        meta = dict(loss=args.loss, hparams=hp, dataset=args.dataset, eps=args.eps, norm=args.norm, epoch=epoch,
-                    val_clean=clean, val_pgd20=robust, teacher=teacher_meta, run=config)
+        table.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
+                  val_pgd20=robust, img_per_s=img_per_s,
+                  min_left=(time.perf_counter() - started) / epoch * (args.epochs - epoch) / 60)
+        meta = dict(loss=args.loss, hparams=hp, dataset=args.dataset, eps=args.eps, norm=args.norm,
+                    epoch=epoch, val_clean=clean, val_pgd20=robust, teacher=teacher_meta, run=config)
         score = robust if method.inner else clean   # on held-out training images: the test set takes no part
         if score > best:
             best = score
@@ -232,7 +253,8 @@ try:
         save_checkpoint(f'{args.out}/last.pt', student, selected_by='last epoch', **meta)
     table.curves('val_clean', 'val_pgd20')
 except OSError as e:
-    sys.exit(f'cannot write {args.out}: {e.strerror or e}. Stopped in epoch {epoch}; what was saved before is intact')
+    sys.exit(f'cannot write {args.out}: {e.strerror or e}. Stopped in epoch {epoch}; '
+             'what was saved before is intact')
 except FloatingPointError as e:
     sys.exit(f'{e}. Stopped; {args.out} holds the epochs before. Try a lower --lr, or --amp off')
 except KeyboardInterrupt:

@@ -5,8 +5,8 @@ $ python train_teacher.py                                  # ResNet-18 on CIFAR-
 $ python train_teacher.py --dataset cifar100 --model wrn-34-10
 $ python train_teacher.py --dataset digits                 # no download, no GPU, seconds
 
-The recipe is train_adv.py's, without the adversary: Al-Najjar et al. train "all the models" with it. best.pt is the epoch
-of the highest clean accuracy on held-out training images; the test set takes no part.
+The recipe is train_adv.py's, without the adversary: Al-Najjar et al. train "all the models" with it. best.pt
+is the epoch of the highest clean accuracy on held-out training images; the test set takes no part.
 """
 import argparse, sys, time
 
@@ -20,8 +20,10 @@ from models import amp_dtype, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')     # one line, without the usage
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 allow_abbrev=False)
+# one line, without the usage
+parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
 data.add_args(parser); models.add_args(parser)
 g = parser.add_argument_group('training')
 g.add_argument('--epochs', type=int, default=100)
@@ -29,22 +31,26 @@ g.add_argument('--batch-size', type=int, default=128)
 g.add_argument('--lr', type=float, default=0.2, help='maximum of the one-cycle schedule')
 g.add_argument('--weight-decay', type=float, default=5e-4)
 g.add_argument('--seed', type=int, default=0)
-g.add_argument('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='autocast; auto: bf16 where native')
+g.add_argument('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'],
+               help='autocast; auto: bf16 where native')
 g.add_argument('--compile', action='store_true', help='torch.compile the network')
-g.add_argument('--out', metavar='DIR', help='default: runs/DATASET-MODEL-teacher, where train_adv.py looks for it')
+g.add_argument('--out', metavar='DIR',
+               help='default: runs/DATASET-MODEL-teacher, where train_adv.py looks for it')
 try:
     first = parser.parse_known_args()[0]
     defaults = data.row(first.dataset, first.data_dir)
 except ValueError as e:
     parser.error(e)
-parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size')}, epochs=defaults.get('teacher_epochs', 100))
+parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size')},
+                    epochs=defaults.get('teacher_epochs', 100))
 args = parser.parse_args()
 for flag, low in dict(epochs=1, batch_size=2, lr=0, weight_decay=0).items():
     if not low <= getattr(args, flag) < float('inf'):
         parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, at least {low}')
 
 # -----------------------------------------------------------------------------
-# device, precision, data, model, output: everything that can be wrong with the input is wrong here, before any work
+# device, precision, data, model, output: everything that can be wrong with the input is
+# wrong here, before any work
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 try:
     dtype = amp_dtype(args.amp, device)
@@ -69,9 +75,11 @@ net = torch.compile(model) if args.compile else model
 # -----------------------------------------------------------------------------
 # optimiser and schedule
 steps_per_epoch = max(1, len(d.y_train) // args.batch_size)
-optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
-total_steps = max(5, args.epochs * steps_per_epoch)              # of four or fewer, OneCycleLR divides by zero
-scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total_steps, pct_start=0.25, cycle_momentum=False)
+optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=True,
+                            weight_decay=args.weight_decay)
+total_steps = max(5, args.epochs * steps_per_epoch)             # of four or fewer, OneCycleLR divides by zero
+scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=total_steps, pct_start=0.25,
+                                                cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 generator = torch.Generator(device).manual_seed(args.seed)
 
@@ -93,12 +101,13 @@ def validate():
 
 # -----------------------------------------------------------------------------
 # the configuration, then the table
-config = dict(vars(args), augment=d.augment, classes=d.classes, train_images=len(d.y_train), val_images=len(d.y_val),
-              precision=str(dtype or torch.float32), **environment(device))
+config = dict(vars(args), augment=d.augment, classes=d.classes, train_images=len(d.y_train),
+              val_images=len(d.y_val), precision=str(dtype or torch.float32), **environment(device))
 
 epoch, best, started = 0, -1.0, time.perf_counter()
 try:
-    table = Table(args.out, config, epoch='d', lr='.4f', loss='.4f', val_clean='.2f', img_per_s='.0f', min_left='.1f')
+    table = Table(args.out, config, epoch='d', lr='.4f', loss='.4f', val_clean='.2f',
+                  img_per_s='.0f', min_left='.1f')
     for epoch in range(1, args.epochs + 1):
         model.train()
         t0, losses = time.perf_counter(), []
@@ -115,16 +124,19 @@ try:
         img_per_s = len(losses) * len(x) / (time.perf_counter() - t0)
         clean, val_loss = validate()
         check_finite(losses, val_loss, epoch)
-        table.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean, img_per_s=img_per_s,
+        table.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
+                  img_per_s=img_per_s,
                   min_left=(time.perf_counter() - started) / epoch * (args.epochs - epoch) / 60)
         meta = dict(loss='standard', dataset=args.dataset, epoch=epoch, val_clean=clean, run=config)
         if clean > best:                            # held-out training images: the test set takes no part
             best = clean
-            save_checkpoint(f'{args.out}/best.pt', model, selected_by=f'clean accuracy on {len(d.y_val)} held-out training images', **meta)
+            rule = f'clean accuracy on {len(d.y_val)} held-out training images'
+            save_checkpoint(f'{args.out}/best.pt', model, selected_by=rule, **meta)
         save_checkpoint(f'{args.out}/last.pt', model, selected_by='last epoch', **meta)
     table.curves('val_clean')
 except OSError as e:
-    sys.exit(f'cannot write {args.out}: {e.strerror or e}. Stopped in epoch {epoch}; what was saved before is intact')
+    sys.exit(f'cannot write {args.out}: {e.strerror or e}. Stopped in epoch {epoch}; '
+             'what was saved before is intact')
 except FloatingPointError as e:
     sys.exit(f'{e}. Stopped; {args.out} holds the epochs before. Try a lower --lr, or --amp off')
 except KeyboardInterrupt:

@@ -1,4 +1,5 @@
-"""A disk that fills up, an impatient user, no network: one clear line each, and what was saved before is intact."""
+"""A disk that fills up, an impatient user, no network: one clear line each, and what was
+saved before is intact."""
 import pathlib, resource, signal, subprocess, sys, time
 
 import numpy as np
@@ -8,7 +9,8 @@ import torch
 import data, models
 
 HERE = pathlib.Path(__file__).parent.parent
-COMMAND = [sys.executable, str(HERE / 'train_teacher.py'), '--dataset', 'synthetic', '--width', '4', '--epochs', '200', '--out']
+COMMAND = [sys.executable, str(HERE / 'train_teacher.py'), '--dataset', 'synthetic', '--width', '4',
+           '--epochs', '200', '--out']
 
 def wait_for(path, process, seconds=60):
     while not path.exists() and process.poll() is None and seconds > 0:
@@ -17,7 +19,7 @@ def wait_for(path, process, seconds=60):
     assert path.exists()
 
 def test_a_full_disk(tmp_path):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))         # a checkpoint is 200 kB
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))     # a checkpoint is 200 kB
     done = subprocess.run([*COMMAND, str(tmp_path)], preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count('\n') == 1 and f'cannot write {tmp_path}' in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ['log.jsonl']                        # no half of a file
@@ -33,7 +35,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert models.load_checkpoint(tmp_path / 'a.pt')[1]['epoch'] == 1 and len(list(tmp_path.iterdir())) == 1
 
 def test_ctrl_c(tmp_path):
-    process = subprocess.Popen([*COMMAND, str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, str(tmp_path)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / 'last.pt', process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -50,7 +53,8 @@ def test_no_network_says_where_the_file_goes(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError('Network is unreachable')
     monkeypatch.setattr(torchvision.datasets, 'CIFAR10', refuse)
-    with pytest.raises(ValueError, match=r'Put .*cifar10\.npz there yourself .* or use --dataset digits') as e:
+    says = r'Put .*cifar10\.npz there yourself .* or use --dataset digits'
+    with pytest.raises(ValueError, match=says) as e:
         data.load('cifar10', str(tmp_path))
     assert '\n' not in str(e.value)
 
@@ -58,9 +62,11 @@ def test_a_download_is_kept_as_npz(tmp_path, monkeypatch):
     import torchvision
     class Fake:
         def __init__(self, root, train, download=False):
-            self.data, self.targets = np.full((30, 32, 32, 3), 7 * train, np.uint8), [i % 10 for i in range(30)]
+            self.data = np.full((30, 32, 32, 3), 7 * train, np.uint8)
+            self.targets = [i % 10 for i in range(30)]
     monkeypatch.setattr(torchvision.datasets, 'CIFAR10', Fake)
     first = data.load('cifar10', str(tmp_path))
-    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', None)          # the second time nothing is downloaded
+    monkeypatch.setattr(torchvision.datasets, 'CIFAR10', None)      # the second time nothing is downloaded
     again = data.load('cifar10', str(tmp_path))
-    assert torch.equal(first.x_train, again.x_train) and torch.equal(first.y_test, again.y_test) and first.x_test.max() == 0
+    assert torch.equal(first.x_train, again.x_train) and torch.equal(first.y_test, again.y_test)
+    assert first.x_test.max() == 0
