@@ -51,7 +51,8 @@ g.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
 g.add_argument('--individual', action='store_true',
                help='run every part of AutoAttack also on the images that the parts before it broke: '
                     'its accuracy alone')
-g.add_argument('--batch-size', type=int, default=250)
+g.add_argument('--batch-size', type=int, default=250 if torch.cuda.is_available() else 50,
+               help='default: 250, on a CPU 50, which its cache holds; AutoAttack draws its noise batch by batch')
 g.add_argument('--seed', type=int, default=0)
 g.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
 args = parser.parse_args()

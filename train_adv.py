@@ -46,7 +46,6 @@ g.add_argument('--weight-decay', type=float, default=5e-4)
 g.add_argument('--seed', type=int, default=0)
 g.add_argument('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'],
                help='autocast; auto: bf16 where native')
-g.add_argument('--compile', action='store_true', help='torch.compile student and teacher')
 g.add_argument('--out', metavar='DIR', help='default: runs/DATASET-MODEL-LOSS...')
 
 first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -113,7 +112,7 @@ try:
                 flags = [f'--{k.replace("_", "-")}={getattr(args, k)}'
                          for k in ('dataset', 'data_dir', 'model', 'amp')]
                 flags += [f'--{k}={getattr(args, k)}' for k in ('width', 'subset') if getattr(args, k)]
-                flags += ['--normalize'] * args.normalize + ['--compile'] * args.compile + [f'--out={folder}']
+                flags += ['--normalize'] * args.normalize + [f'--out={folder}']
                 script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_teacher.py')
                 if status := subprocess.run([sys.executable, script, *flags]).returncode:
                     sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')
@@ -130,11 +129,6 @@ except ValueError as e:
 except KeyboardInterrupt:
     sys.exit('\nstopped before the first epoch')
 student = student.to(device, memory_format=models.layout(device))
-
-# speed: deletable, the rest does not know
-net, guide = student, teacher
-if args.compile:
-    net, guide = torch.compile(student), teacher and torch.compile(teacher)
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -162,9 +156,9 @@ def craft(x, y):
     if method.inner is None:
         return x
     scale = 2.0 ** 10 if dtype is torch.float16 else 1.0    # the gradient of a confident logit is 0 in fp16
-    once = dict(y=lambda: y, logits=lambda: logits_of(net, x), t_logits=lambda: logits_of(guide, x))
-    live = dict(logits_adv=lambda x_adv: logits_of(net, x_adv),
-                t_logits_adv=lambda x_adv: logits_of(guide, x_adv))
+    once = dict(y=lambda: y, logits=lambda: logits_of(student, x), t_logits=lambda: logits_of(teacher, x))
+    live = dict(logits_adv=lambda x_adv: logits_of(student, x_adv),
+                t_logits_adv=lambda x_adv: logits_of(teacher, x_adv))
     names = needs(method.inner)
     with attack_mode(student, bn=args.attack_bn):
         with torch.no_grad():
@@ -178,12 +172,12 @@ def craft(x, y):
 def loss_on(x, x_adv, y):
     """method.loss, (B,). Every name a loss may ask for is here; those it asks for are
     computed, in the order it asks."""
-    teach = torch.no_grad()(lambda x: logits_of(guide, x))
+    teach = torch.no_grad()(lambda x: logits_of(teacher, x))
     forward = dict(
         y             = lambda: y,
-        logits        = lambda: logits_of(net, x),
-        logits_adv    = lambda: logits_of(net, x_adv),
-        logits_helper = lambda: logits_of(net, x + hp['h'] * (x_adv - x)),
+        logits        = lambda: logits_of(student, x),
+        logits_adv    = lambda: logits_of(student, x_adv),
+        logits_helper = lambda: logits_of(student, x + hp['h'] * (x_adv - x)),
         t_logits      = lambda: teach(x),
         t_logits_adv  = lambda: teach(x_adv),
     )
@@ -247,7 +241,7 @@ try:
         meta = dict(loss=args.loss, hparams=hp, dataset=args.dataset, eps=args.eps, norm=args.norm,
                     epoch=epoch, val_clean=clean, val_pgd20=robust, teacher=teacher_meta, run=config)
         score = robust if method.inner else clean   # on held-out training images: the test set takes no part
-        if score > best:
+        if score >= best:                           # ties go to the later, more annealed epoch
             best = score
             save_checkpoint(f'{args.out}/best.pt', student, selected_by=rule, **meta)
         save_checkpoint(f'{args.out}/last.pt', student, selected_by='last epoch', **meta)

@@ -33,7 +33,6 @@ g.add_argument('--weight-decay', type=float, default=5e-4)
 g.add_argument('--seed', type=int, default=0)
 g.add_argument('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'],
                help='autocast; auto: bf16 where native')
-g.add_argument('--compile', action='store_true', help='torch.compile the network')
 g.add_argument('--out', metavar='DIR',
                help='default: runs/DATASET-MODEL-teacher, where train_adv.py looks for it')
 try:
@@ -69,9 +68,6 @@ except ValueError as e:
     parser.error(e)
 model = model.to(device, memory_format=models.layout(device))
 
-# speed: deletable, the rest does not know
-net = torch.compile(model) if args.compile else model
-
 # -----------------------------------------------------------------------------
 # optimiser and schedule
 steps_per_epoch = max(1, len(d.y_train) // args.batch_size)
@@ -83,10 +79,10 @@ scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 generator = torch.Generator(device).manual_seed(args.seed)
 
-def logits_of(net, x):
+def logits_of(x):
     """fp32 logits of fp32 images; only the network itself runs in reduced precision."""
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        return net(x).float()
+        return model(x).float()
 
 @torch.no_grad()
 def validate():
@@ -113,7 +109,7 @@ try:
         t0, losses = time.perf_counter(), []
         batches = data.batches(d.x_train, d.y_train, args.batch_size, d.augment, generator)
         for x, y in tqdm(batches, total=steps_per_epoch, leave=False, disable=None):
-            loss = F.cross_entropy(logits_of(net, x), y)
+            loss = F.cross_entropy(logits_of(x), y)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -128,7 +124,7 @@ try:
                   img_per_s=img_per_s,
                   min_left=(time.perf_counter() - started) / epoch * (args.epochs - epoch) / 60)
         meta = dict(loss='standard', dataset=args.dataset, epoch=epoch, val_clean=clean, run=config)
-        if clean > best:                            # held-out training images: the test set takes no part
+        if clean >= best:                           # held-out training images: the test set takes no part
             best = clean
             rule = f'clean accuracy on {len(d.y_val)} held-out training images'
             save_checkpoint(f'{args.out}/best.pt', model, selected_by=rule, **meta)
