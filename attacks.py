@@ -7,6 +7,7 @@ Attacks for training and for quick evaluation. Images are fp32 in [0, 1]; the mo
 The objective returns one value per image, (B,), and pgd climbs their sum: images are independent, and the
 step of one does not depend on the size of the batch.
 """
+import math
 from contextlib import contextmanager
 
 import torch
@@ -35,16 +36,16 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     """
     Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb
     objective(x_adv) -> (B,) within the ball of radius eps around x (B,C,H,W), and within [0, 1]. eps,
-    step_size: in units of [0, 1]. norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last
-    iterate or, of several restarts, each image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of
-    1/256 near 1, an eighth of eps.
+    step_size: in units of [0, 1]; step_size is a number, or one per step. norm: 'Linf' (signed step) or 'L2'
+    (normalised step). Returns the last iterate or, of several restarts, each image's best; fp32, detached.
+    Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps.
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
-    best = None
+    sizes, best = [step_size] * steps if isinstance(step_size, (int, float)) else step_size, None
     for _ in range(restarts):
         x_adv = start(x, eps=eps, init=init, norm=norm)
-        for _ in range(steps):
+        for step_size in sizes:
             x_adv.requires_grad_()
             with torch.enable_grad():
                 grad, = torch.autograd.grad(objective(x_adv).sum(), x_adv)
@@ -66,6 +67,12 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
         best_value = torch.maximum(value, best_value)
     return best
 
+def step_sizes(first, steps, schedule):
+    """One size per step, of the schedule 'constant', 'linear' or 'cosine', the first of them first."""
+    shape = {'constant': lambda t: 1.0, 'linear': lambda t: 1 - t,
+             'cosine': lambda t: (1 + math.cos(math.pi * t)) / 2}[schedule]
+    return [first * shape(k / steps) for k in range(steps)]
+
 def fgsm(objective, x, *, eps=8/255, norm='Linf'):
     """Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples":
     PGD of one full step from x."""
@@ -78,6 +85,20 @@ def cw_margin(logits, y):
     return logits.scatter(1, y[:, None], float('-inf')).amax(1) - right
 
 @contextmanager
+def frozen_statistics(*models):
+    """BN in train mode normalises with its batch, as ever, and leaves its running statistics alone."""
+    layers = [m for model in models for m in model.modules()
+              if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    before = [m.track_running_stats for m in layers]
+    for m in layers:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m, tracked in zip(layers, before):
+            m.track_running_stats = tracked
+
+@contextmanager
 def attack_mode(model, bn='eval'):
     """
     For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients
@@ -87,18 +108,36 @@ def attack_mode(model, bn='eval'):
     """
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    norm_layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    statistics = [(b, b.clone()) for m in norm_layers for b in m.buffers()] if bn == 'train' else []
     model.train(bn == 'train').requires_grad_(False)
     try:
-        yield
+        with frozen_statistics(model):
+            yield
     finally:
         for m, training in modes:
             m.training = training
         for p, requires_grad in grads:
             p.requires_grad_(requires_grad)
-        for b, value in statistics:
-            b.copy_(value)
+
+@contextmanager
+def weights_perturbed(model, objective, *, gamma):
+    """
+    Wu et al. 2020, "Adversarial Weight Perturbation Helps Robust Generalization" (AWP). For the time of the
+    block every convolution's and every linear weight w is w + gamma |w| d / |d|, d the gradient of
+    objective() -> scalar, one step uphill; norm layers and biases stay. Afterwards the weights are back, bit
+    for bit. (The authors step before they subtract: their weight decay also acts on the perturbation.)
+    """
+    weights = [p for name, p in model.named_parameters() if p.dim() > 1 and 'weight' in name]
+    gradients = torch.autograd.grad(objective(), weights)
+    saved = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, d in zip(weights, gradients):
+            w.add_(d * (gamma * w.norm() / (d.norm() + 1e-20)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, value in zip(weights, saved):
+                w.copy_(value)
 
 def add_args(parser):
     g = parser.add_argument_group('attack, in pixels (0..255)')

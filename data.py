@@ -9,7 +9,7 @@ DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels
 data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes with
 scikit-learn, synthetic is generated.
 """
-import os
+import os, zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -172,6 +172,51 @@ def load(name, folder='data', *, subset=None, device='cpu'):
     classes = defaults['classes'] or int(y_train.max()) + 1
     return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
+
+def open_images(path, shape):
+    """
+    The images of a file without labels, uint8 (N,H,W,3) of the given (H,W,3), left on the disk: FILE.npy, or
+    the array x, x_train, image or images of FILE.npz. (One written by np.savez_compressed is unpacked into
+    memory, once.) Raises ValueError.
+    """
+    try:
+        images = np.load(path, mmap_mode='r') if str(path).endswith('.npy') else _array_in_npz(path)
+    except Exception as e:          # zipfile, zlib, numpy and the file system each have their own
+        raise ValueError(f'{path} is not an npz or npy file of images: {e}'.splitlines()[0]) from e
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or not len(images):
+        raise ValueError(f'{path} holds {images.dtype} {images.shape}; the training images are uint8 '
+                         f'(N, {", ".join(map(str, shape))})')
+    return images
+
+def _array_in_npz(path):
+    with zipfile.ZipFile(path) as z:
+        name = next((n for n in ('x', 'x_train', 'image', 'images') if f'{n}.npy' in z.namelist()), None)
+        if name is None:
+            raise ValueError('no array x, x_train, image or images')
+        entry = z.getinfo(f'{name}.npy')
+    if entry.compress_type != zipfile.ZIP_STORED:
+        return np.load(path)[name]
+    with open(path, 'rb') as f:                     # stored: an npy file within, behind the entry's header of
+        f.seek(entry.header_offset + 26)            # 30 bytes, the last four of which are the lengths of the
+        lengths = np.frombuffer(f.read(4), '<u2')   # two fields that follow it
+        f.seek(entry.header_offset + 30 + int(lengths.sum()))
+        version = np.lib.format.read_magic(f)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0,
+                       (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read_header(f)
+        return np.memmap(path, dtype, 'r', f.tell(), shape, 'F' if fortran else 'C')
+
+def image_batches(images, n, augment, generator):
+    """Yield n of the images (see open_images) at a time, for ever: x fp32 (n,3,H,W) on the generator's
+    device, every image once before any comes again."""
+    rest = torch.empty(0, dtype=torch.int64)
+    while True:
+        while len(rest) < n:
+            order = torch.randperm(len(images), generator=generator, device=generator.device)
+            rest = torch.cat([rest, order.cpu()])
+        index, rest = rest[:n].sort().values, rest[n:]          # sorted: the disk reads forwards
+        x = torch.from_numpy(images[index.numpy()]).to(generator.device)
+        yield to_float(crop_flip(x, generator) if augment else x)
 
 def to_float(x):
     """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last,

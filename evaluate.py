@@ -21,7 +21,7 @@ from tqdm import tqdm
 import attacks, data, models
 from attacks import attack_mode, cw_margin, fgsm, pgd
 from log import atomic, environment
-from models import fingerprint, load_checkpoint
+from models import branch, fingerprint, load_checkpoint
 
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']        # of AutoAttack standard, in its order
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
@@ -42,6 +42,9 @@ g.add_argument('--mean', type=float, nargs=3,
                help='of the normalisation it was trained with, in [0, 1] (default: none)')
 g.add_argument('--std', type=float, nargs=3)
 g = parser.add_argument_group('evaluation')
+g.add_argument('--branch', choices=['main', 'aux'], help='of dual BN (default: as validated in training)')
+g.add_argument('--activation', choices=models.ACTIVATIONS,
+               help="another one than the checkpoint's: relu attacks a hybrid with ReLU's own gradients")
 g.add_argument('--attacks', nargs='+', default=DEFAULT,
                choices=[*DEFAULT, *PARTS], metavar='NAME',
                help=f'{" ".join(DEFAULT)}, or one of its parts alone on all images: {" ".join(PARTS)}')
@@ -52,7 +55,7 @@ g.add_argument('--individual', action='store_true',
                help='run every part of AutoAttack also on the images that the parts before it broke: '
                     'its accuracy alone')
 g.add_argument('--batch-size', type=int, default=250 if torch.cuda.is_available() else 50,
-               help='default: 250, on a CPU 50, which its cache holds; AutoAttack draws its noise batch by batch')
+               help='default: 250, on a CPU 50, which its cache holds; AutoAttack draws its noise per batch')
 g.add_argument('--seed', type=int, default=0)
 g.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
 args = parser.parse_args()
@@ -85,6 +88,14 @@ try:
     d = data.load(args.dataset, args.data_dir, device=device)
     model, meta = load_checkpoint(args.checkpoint, args.model, d.classes,
                                   width=args.width, mean=args.mean, std=args.std)
+    if args.branch and not model.config['dual_bn']:
+        raise ValueError(f'--branch {args.branch}: {args.checkpoint} has no dual BN')
+    args.branch = args.branch or run.get('eval_branch', 'main')
+    if args.activation and args.activation != model.config['activation']:
+        notes.append(f'trained with {model.config["activation"]}, evaluated with {args.activation}')
+        weights = model.state_dict()
+        model = models.build(**dict(model.config, activation=args.activation)).eval()
+        model.load_state_dict(weights)
     if model.config['num_classes'] != d.classes:
         raise ValueError(f'{args.checkpoint} knows {model.config["num_classes"]} classes, '
                          f'{args.dataset} has {d.classes}')
@@ -95,6 +106,7 @@ try:
     if not 1 <= n <= len(d.y_test):
         raise ValueError(f'--n {n}: {args.dataset} has {len(d.y_test)} test images')
     tag = '' if args.attacks == DEFAULT else '-' + '+'.join(args.attacks)
+    tag += ''.join(f'-{v}' for v in (args.activation, args.branch if model.config['dual_bn'] else None) if v)
     args.out = args.out or (f'{os.path.splitext(args.checkpoint)[0]}.eval-'
                             f'{args.norm}-{args.eps:g}-n{n}{tag}.json')
     if os.path.exists(args.out) and '"complete": false' not in open(args.out).read():
@@ -227,7 +239,8 @@ where = (f'epoch {meta.get("epoch")}, selected by {meta.get("selected_by")}' if 
          'weights only, provenance unknown')
 print(f'{args.checkpoint} ({fingerprint(model)}): {model.config["name"]}, {where}')
 print(f'{args.dataset}, the first {n} of {len(d.y_test)} test images; '
-      f'{args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}')
+      f'{args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}'
+      + f'; {args.branch} BN' * model.config['dual_bn'])
 with torch.no_grad():
     if not model(x_test[:args.batch_size]).isfinite().all():
         sys.exit(f'{args.checkpoint} returns non-finite logits on clean images: nothing to evaluate')
@@ -236,7 +249,7 @@ print(f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':
 torch.manual_seed(args.seed)
 results, started = {}, time.perf_counter()
 try:
-    with attack_mode(model):
+    with attack_mode(model), branch(model, args.branch):
         clean = correct(x_test, y_test)
         report('clean', clean, time.perf_counter() - started)
         worst = clean

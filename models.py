@@ -10,12 +10,35 @@ State-dict keys are those of the pytorch-cifar family (conv1 bn1 layer1.0.conv1 
 wrn, of the TRADES code (block1.layer.0 ... fc), so the released checkpoints load unchanged.
 """
 import hashlib, re
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from log import atomic
+
+# -----------------------------------------------------------------------------
+# activations, by name
+
+class HybridReLU(torch.autograd.Function):
+    """Smooth adversarial training as Dallaire et al. have it: ReLU forward, and backward the derivative of
+    softplus(alpha u) / alpha, in attack and update. (Xie et al. 2020: a smooth function both ways.)"""
+    alpha = 10.0
+    @staticmethod
+    def forward(ctx, u):
+        ctx.save_for_backward(u)
+        return u.relu()
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.sigmoid(HybridReLU.alpha * ctx.saved_tensors[0])
+
+ACTIVATIONS = {'relu': F.relu, 'silu': F.silu, 'hybrid': HybridReLU.apply,
+               'softplus': lambda u: F.softplus(u, beta=HybridReLU.alpha)}
+
+class Net(nn.Module):
+    """A module whose nonlinearity build() may replace."""
+    act = staticmethod(F.relu)
 
 # -----------------------------------------------------------------------------
 # blocks
@@ -29,7 +52,7 @@ def projection(in_planes, planes, stride):
         return nn.Sequential()
     return nn.Sequential(conv(in_planes, planes, 1, stride), nn.BatchNorm2d(planes))
 
-class BasicBlock(nn.Module):
+class BasicBlock(Net):
     expansion = 1
     def __init__(self, in_planes, planes, stride):
         super().__init__()
@@ -37,10 +60,10 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
         self.shortcut = projection(in_planes, planes, stride)
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.act(self.bn1(self.conv1(x)))
+        return self.act(self.bn2(self.conv2(out)) + self.shortcut(x))
 
-class Bottleneck(nn.Module):
+class Bottleneck(Net):
     expansion = 4
     def __init__(self, in_planes, planes, stride):
         super().__init__()
@@ -49,11 +72,11 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
         self.shortcut = projection(in_planes, 4 * planes, stride)
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
+        return self.act(self.bn3(self.conv3(out)) + self.shortcut(x))
 
-class PreActBlock(nn.Module):
+class PreActBlock(Net):
     expansion = 1
     def __init__(self, in_planes, planes, stride):
         super().__init__()
@@ -62,22 +85,22 @@ class PreActBlock(nn.Module):
         if stride != 1 or in_planes != planes:
             self.shortcut = nn.Sequential(conv(in_planes, planes, 1, stride))
     def forward(self, x):
-        out = F.relu(self.bn1(x))
+        out = self.act(self.bn1(x))
         shortcut = self.shortcut(out) if hasattr(self, 'shortcut') else x
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(self.act(self.bn2(self.conv1(out)))) + shortcut
 
-class WideBlock(nn.Module):
+class WideBlock(Net):
     def __init__(self, in_planes, planes, stride):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(in_planes), conv(in_planes, planes, 3, stride)
         self.bn2, self.conv2 = nn.BatchNorm2d(planes), conv(planes, planes, 3)
         self.convShortcut = conv(in_planes, planes, 1, stride) if in_planes != planes else None
     def forward(self, x):
-        out = F.relu(self.bn1(x))
+        out = self.act(self.bn1(x))
         shortcut = self.convShortcut(out) if self.convShortcut else x
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+        return self.conv2(self.act(self.bn2(self.conv1(out)))) + shortcut
 
-class InvertedResidual(nn.Module):
+class InvertedResidual(Net):
     def __init__(self, in_planes, planes, expansion, stride):
         super().__init__()
         hidden = expansion * in_planes
@@ -86,8 +109,8 @@ class InvertedResidual(nn.Module):
         self.conv3, self.bn3 = conv(hidden, planes, 1), nn.BatchNorm2d(planes)
         self.shortcut = projection(in_planes, planes, stride) if stride == 1 else None
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.act(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
         return out + self.shortcut(x) if self.shortcut is not None else out
 
@@ -104,7 +127,7 @@ class Normalize(nn.Module):
     def forward(self, x):
         return (x - self.mean) / self.std
 
-class ResNet(nn.Module):
+class ResNet(Net):
     """He et al. 2016, stem for 32x32: 3x3, stride 1, no pooling (the ImageNet stem costs 10 points here)."""
     def __init__(self, block, depths, num_classes, width=64, normalize=None):
         super().__init__()
@@ -119,7 +142,7 @@ class ResNet(nn.Module):
             setattr(self, f'layer{i + 1}', nn.Sequential(*blocks))
         self.linear = nn.Linear(planes, num_classes)
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
+        out = self.act(self.bn1(self.conv1(self.normalize(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
         return self.linear(out.mean((2, 3)))
 
@@ -132,9 +155,9 @@ class PreActResNet(ResNet):
     def forward(self, x):
         out = self.conv1(self.normalize(x))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(F.relu(self.bn(out)).mean((2, 3)))
+        return self.linear(self.act(self.bn(out)).mean((2, 3)))
 
-class WideResNet(nn.Module):
+class WideResNet(Net):
     """Zagoruyko & Komodakis 2016, keys and initialisation of the TRADES code. width: channels of the stem."""
     def __init__(self, depth, widen, num_classes, width=16, normalize=None):
         super().__init__()
@@ -155,9 +178,9 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
     def forward(self, x):
         out = self.block3(self.block2(self.block1(self.conv1(self.normalize(x)))))
-        return self.fc(F.relu(self.bn1(out)).mean((2, 3)))
+        return self.fc(self.act(self.bn1(out)).mean((2, 3)))
 
-class MobileNetV2(nn.Module):
+class MobileNetV2(Net):
     """Sandler et al. 2018, strides for 32x32. width: channels of the stem, 32 in the
     paper; the rest scales with it."""
     def __init__(self, num_classes, width=32, normalize=None):
@@ -175,22 +198,55 @@ class MobileNetV2(nn.Module):
         self.conv2, self.bn2 = conv(planes, scale(1280), 1), nn.BatchNorm2d(scale(1280))
         self.linear = nn.Linear(scale(1280), num_classes)
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(self.normalize(x))))
-        out = F.relu(self.bn2(self.conv2(self.layers(out))))
+        out = self.act(self.bn1(self.conv1(self.normalize(x))))
+        out = self.act(self.bn2(self.conv2(self.layers(out))))
         return self.linear(out.mean((2, 3)))
 
 NAMES = 'resnet18 resnet34 resnet50 preactresnet18 wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2'
 
-def build(name, num_classes, *, width=None, mean=None, std=None):
+def build(name, num_classes, *, width=None, mean=None, std=None, activation='relu', dual_bn=False):
     """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: three floats
-    each, in units of [0, 1]; None for no normalisation. Raises ValueError for an unknown name."""
+    each, in units of [0, 1]; None for no normalisation. activation: see ACTIVATIONS. dual_bn: every BN has an
+    auxiliary twin, see branch. Raises ValueError for an unknown name."""
     if width is not None and width < 1:
         raise ValueError(f'width {width}: the first layer needs at least one channel')
     net = _network(name, num_classes, Normalize(mean, std) if mean else None,
                    {'width': width} if width else {})
-    net.config = dict(name=name, num_classes=num_classes, width=width,      # what a checkpoint stores
-                      mean=mean, std=std)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f'unknown activation {activation!r}; known: {" ".join(ACTIVATIONS)}')
+    for module in list(net.modules()):
+        if isinstance(module, Net):
+            module.act = ACTIVATIONS[activation]
+        for key, child in list(module.named_children()):
+            if dual_bn and type(child) is nn.BatchNorm2d:
+                setattr(module, key, DualBatchNorm2d(child.num_features))
+    net.config = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std,
+                      activation=activation, dual_bn=dual_bn)       # what a checkpoint stores
     return net
+
+class DualBatchNorm2d(nn.BatchNorm2d):
+    """Xie et al. 2020, "Adversarial Examples Improve Image Recognition": BN for clean images, with the usual
+    keys, and an auxiliary one for adversarial images, affine parameters included."""
+    auxiliary = False
+    def __init__(self, num_features):
+        super().__init__(num_features)
+        self.aux = nn.BatchNorm2d(num_features)
+    def forward(self, x):
+        return self.aux(x) if self.auxiliary else super().forward(x)
+
+@contextmanager
+def branch(net, name):
+    """For the time of the block net normalises with its 'main' or its 'aux' BN.
+    Without dual BN: no effect."""
+    layers = [m for m in net.modules() if isinstance(m, DualBatchNorm2d)]
+    before = [m.auxiliary for m in layers]
+    for m in layers:
+        m.auxiliary = name == 'aux'
+    try:
+        yield
+    finally:
+        for m, auxiliary in zip(layers, before):
+            m.auxiliary = auxiliary
 
 def _network(name, num_classes, normalize, size):
     depths = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3), 'resnet50': (3, 4, 6, 3),
@@ -216,6 +272,8 @@ def add_args(parser):
                    help="channels of the first layer (default: the paper's, 64 for a ResNet)")
     g.add_argument('--normalize', action='store_true',
                    help='standardise the images with the statistics of the data')
+    g.add_argument('--activation', default='relu', choices=ACTIVATIONS,
+                   help='hybrid: ReLU forward, the derivative of softplus backward')
 
 # -----------------------------------------------------------------------------
 # precision and layout
@@ -242,10 +300,13 @@ def amp_dtype(amp, device):
 # checkpoints
 
 def fingerprint(net):
-    """sha256 of weights and normalisation, 16 hex digits: the same function, the same fingerprint."""
+    """sha256 of weights, normalisation and activation, 16 hex digits: the same function, the same
+    fingerprint."""
     digest = hashlib.sha256()
     if net.config['mean']:
         digest.update(repr((net.config['mean'], net.config['std'])).encode())
+    if net.config['activation'] != 'relu':
+        digest.update(net.config['activation'].encode())
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -280,7 +341,7 @@ def read(path):
 def is_ours(ckpt):
     """Written by save_checkpoint: it says what to build."""
     config = isinstance(ckpt, dict) and ckpt.get('config')
-    return isinstance(config, dict) and set(config) == {'name', 'num_classes', 'width', 'mean', 'std'}
+    return isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
 
 def load_checkpoint(path, name=None, num_classes=None, **options):
     """-> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state

@@ -20,56 +20,110 @@ TINY = '--dataset synthetic --width 4 --subset 64'.split()
 # losses
 
 def inputs(B=7, K=10, scale=3.0, dtype=torch.float64, seed=0):
-    """One tensor for every name a loss may ask for."""
+    """One value for every name a loss may ask for."""
     g = torch.Generator().manual_seed(seed)
-    names = {name for m in METHODS.values() for name in needs(m.loss) + needs(m.inner)} - {'y'}
+    names = {name for m in METHODS.values() for name in losses.inputs(m)} - {'y', 'progress', 'class_p'}
     out = {name: (scale * torch.randn(B, K, generator=g, dtype=torch.float64)).to(dtype)
            for name in sorted(names)}
-    return dict(out, y=torch.randint(K, (B,), generator=g))
+    class_p = torch.rand(B, K, generator=g, dtype=torch.float64).to(dtype)
+    return dict(out, class_p=class_p / class_p.sum(1, keepdim=True), progress=0.9,
+                y=torch.randint(K, (B,), generator=g))
 
 def call(fn, tensors, **hp):
     return fn(**{name: tensors[name] for name in needs(fn)}, **hp)
 
 # Written from the papers, over probabilities and one class at a time; nothing is shared with losses.py.
-def softmax(z):
-    e = [math.exp(v - max(z)) for v in z]
+def softmax(z, T=1.0):
+    e = [math.exp((v - max(z)) / T) for v in z]
     return [v / sum(e) for v in e]
 
 def KL(p, q):
     return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q))
 
+def H(p, q):
+    """Cross-entropy of two distributions."""
+    return -sum(a * math.log(b) for a, b in zip(p, q))
+
 def MSE(a, b):
     return sum((u - v) ** 2 for u, v in zip(a, b)) / len(a)
 
+def als_label(p, y, alpha):
+    least = [k for k in range(len(p)) if p[k] == min(p)]
+    return [(1 - alpha) * (k == y) + alpha * (k in least) / len(least) for k in range(len(p))]
+
+def pairs(w, d):
+    """DKL's double sum, as printed."""
+    return sum(w[j] * w[k] * (d[j] - d[k]) ** 2 for j in range(len(d)) for k in range(len(d)))
+
+def nll(p, i):
+    return -math.log(p[i['y']])
+
 FORMULAS = {
-    'standard':   lambda i: -math.log(i['p'][i['y']]),
-    'pgd_at':     lambda i: -math.log(i['p_adv'][i['y']]),
-    'trades':     lambda i: -math.log(i['p'][i['y']]) + 6 * KL(i['p'], i['p_adv']),
-    'hat':        lambda i: -math.log(i['p'][i['y']]) + 2.5 * KL(i['p'], i['p_adv'])
+    'standard':   lambda i: nll(i['p'], i),
+    'als':        lambda i: H(als_label(i['p'], i['y'], 0.1), i['p']),
+    'pgd_at':     lambda i: nll(i['p_adv'], i),
+    'nat_adv':    lambda i: 0.5 * nll(i['p'], i) + 0.5 * nll(i['p_adv'], i),
+    'advprop':    lambda i: 0.5 * nll(i['p'], i) + 0.5 * nll(i['p_adv'], i),
+    'alp':        lambda i: 0.5 * nll(i['p'], i) + 0.5 * nll(i['p_adv'], i) + 0.5 * MSE(i['z'], i['z_adv']),
+    'trades':     lambda i: nll(i['p'], i) + 6 * KL(i['p'], i['p_adv']),
+    'hat':        lambda i: nll(i['p'], i) + 2.5 * KL(i['p'], i['p_adv'])
                             - 0.5 * math.log(i['p_helper'][int(np.argmax(i['t_adv']))]),
+    'mart':       lambda i: nll(i['p_adv'], i)
+                            - math.log(1.0001 - max(i['p_adv'][k] for k in range(10) if k != i['y']) + 1e-12)
+                            + 5 * (1.0000001 - i['p'][i['y']]) * KL(i['p'], i['p_adv']),
+    'dkl':        lambda i: nll(i['p'], i) + 4 * H(i['p'], i['p_adv'])
+                            + 20 / 4 * pairs(i['w'], [a - b for a, b in zip(i['z'], i['z_adv'])]),
+    'lbgat':      lambda i: MSE(i['z_adv'], i['guide']) + nll(softmax(i['guide']), i),
     'softmax_kl': lambda i: 0.2 * (KL(i['t'], i['p']) + KL(i['t'], i['p_adv'])) + KL(i['p'], i['p_adv']),
     'logit_mse':  lambda i: 0.2 * (MSE(i['z'], i['v']) + MSE(i['z_adv'], i['v'])) + MSE(i['z'], i['z_adv']),
+    'ltd':        lambda i: H(softmax(i['v'], 5), i['p']) + 6 * KL(i['p'], i['p_adv']),
+    'ard':        lambda i: 0.1 * 900 * KL(softmax(i['v'], 30), softmax(i['z_adv'], 30)),
+    'iad1':       lambda i: i['t_adv'][i['y']] ** 0.1 * KL(i['t'], i['p_adv'])
+                            + (1 - i['t_adv'][i['y']] ** 0.1) * KL(i['p'], i['p_adv']),
+    'iad2':       lambda i: 0.25 * nll(i['p_adv'], i)
+                            + 0.5 * i['t_adv'][i['y']] ** 0.1 * KL(i['t_adv'], i['p_adv'])
+                            + 0.5 * (1 - i['t_adv'][i['y']] ** 0.1) * KL(i['p'], i['p_adv'])
+                            + 0.25 * KL(i['s_adv'], i['p_adv']),
+    'rslad':      lambda i: (5 * KL(i['t'], i['p_adv']) + KL(i['t'], i['p'])) / 60,
+    'adaad':      lambda i: KL(i['t_adv'], i['p_adv']) / 10,
+    'kd_swa':     lambda i: 0.3 * nll(i['p_adv'], i)
+                            + 4 * 0.6 * H(softmax(i['v_adv'], 2), softmax(i['z_adv'], 2))
+                            + 4 * 0.1 * H(softmax(i['s_z_adv'], 2), softmax(i['z_adv'], 2)),
+}
+CLIMBS = {
+    'ce':           lambda i: nll(i['p_adv'], i),
+    'kl':           lambda i: KL(i['p'], i['p_adv']),
+    'mse':          lambda i: MSE(i['z'], i['z_adv']),
+    'least_likely': lambda i: math.log(i['p_adv'][i['p'].index(min(i['p']))]),
+    'teacher':      lambda i: KL(i['t'], i['p_adv']),
+    'both':         lambda i: KL(i['t_adv'], i['p_adv']),
 }
 
-@pytest.mark.parametrize('name', METHODS)
-def test_loss_equals_its_formula_in_float64(name):
+@pytest.mark.parametrize('fn, formula', [
+    *[pytest.param(METHODS[k].loss, f, id=k) for k, f in FORMULAS.items()],
+    *[pytest.param(losses.INNERS[k][0], f, id=f'climb_{k}') for k, f in CLIMBS.items()]])
+def test_equals_its_formula_in_float64(fn, formula):
     tensors = inputs()
-    got = call(METHODS[name].loss, tensors)
+    got = call(fn, tensors)
     for b in range(len(got)):
-        row = {k: v[b].tolist() for k, v in tensors.items()}
+        row = {k: v[b].tolist() for k, v in tensors.items() if k != 'progress'}
         i = dict(y=row['y'], z=row['logits'], z_adv=row['logits_adv'], v=row['t_logits'],
-                 p=softmax(row['logits']), p_adv=softmax(row['logits_adv']),
+                 v_adv=row['t_logits_adv'], s_z_adv=row['s_logits_adv'], guide=row['guide_logits'],
+                 w=row['class_p'], p=softmax(row['logits']), p_adv=softmax(row['logits_adv']),
                  p_helper=softmax(row['logits_helper']), t=softmax(row['t_logits']),
-                 t_adv=softmax(row['t_logits_adv']))
-        assert got[b].item() == pytest.approx(FORMULAS[name](i), rel=1e-10)
+                 t_adv=softmax(row['t_logits_adv']), s_adv=softmax(row['s_logits_adv']))
+        assert got[b].item() == pytest.approx(formula(i), rel=1e-10)
+
+def test_every_method_and_every_attack_has_a_formula():
+    assert set(FORMULAS) == set(METHODS) and set(CLIMBS) == set(losses.INNERS)
 
 @pytest.mark.parametrize('name', METHODS)
 def test_loss_contract(name):
     loss, inner = METHODS[name].loss, METHODS[name].inner
     tensors = inputs(dtype=torch.float32, scale=60.0)           # confident: softmax underflows in float32
     for k, v in tensors.items():
-        if k != 'y':
-            v.requires_grad_(not k.startswith('t_'))
+        if k.endswith(('logits', 'logits_adv', 'logits_helper')):
+            v.requires_grad_(not k.startswith(('t_', 's_')))
     for fn in filter(None, (loss, inner)):
         value = call(fn, tensors)
         assert value.shape == (7,) and value.dtype == torch.float32 and value.isfinite().all()
@@ -77,13 +131,14 @@ def test_loss_contract(name):
         grad, = torch.autograd.grad(value.sum(), target)
         assert grad.isfinite().all() and grad.abs().sum() > 0
         order = torch.randperm(7)
-        assert torch.equal(call(fn, {k: v[order] for k, v in tensors.items()}), value[order])
+        shuffled = {k: v if k == 'progress' else v[order] for k, v in tensors.items()}
+        assert torch.equal(call(fn, shuffled), value[order])
     assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
                for p in inspect.signature(loss).parameters.values())
 
 def test_hard_label_free_methods_name_no_label():
-    for name in ('softmax_kl', 'logit_mse'):
-        assert 'y' not in needs(METHODS[name].loss) + needs(METHODS[name].inner)
+    for name in ('softmax_kl', 'logit_mse', 'ltd', 'rslad', 'adaad'):
+        assert 'y' not in losses.inputs(METHODS[name])
 
 def test_kl_direction_by_hand():
     p, q = torch.tensor([[.5, .5]]).log(), torch.tensor([[.9, .1]]).log()
@@ -102,6 +157,47 @@ def test_clean_branch_of_trades_is_not_detached():
     with_kl, = torch.autograd.grad(losses.trades(z, z_adv, y).sum(), z)
     without, = torch.autograd.grad(losses.trades(z, z_adv, y, beta=0.0).sum(), z)
     assert (with_kl - without).abs().max() > 1e-3
+
+def test_options_of_losses_do_what_they_say():
+    i, kl, mse, ce = inputs(), losses.kl, losses.mse, losses.ce
+    z, z_adv, v, y = i['logits'], i['logits_adv'], i['t_logits'], i['y']
+    same = lambda a, b: torch.allclose(a, b, rtol=1e-12)
+    assert same(call(losses.iad1, dict(i, progress=0.1)), kl(z_adv, v))
+    assert same(call(losses.iad1, i, released=True) - call(losses.iad1, i),
+                (1 - i['t_logits_adv'].softmax(1)[range(7), y] ** 0.1) * kl(z_adv, v))
+    akd2 = 0.25 * ce(z_adv, y) + 0.5 * kl(z_adv, i['t_logits_adv']) + 0.25 * kl(z_adv, i['s_logits_adv'])
+    assert same(call(losses.iad2, dict(i, progress=0.1)), akd2)
+    assert same(call(losses.ard, i, alpha=0.0), ce(z, y))
+    assert same(call(losses.lbgat, i, beta=6.0) - call(losses.lbgat, i), 6 * kl(z_adv, z))
+
+def test_dkl_has_the_gradient_of_kl():
+    """The theorem behind it: w = p, alpha = beta = 1, and z' fixed in the weighted square."""
+    z, z_adv, y = inputs()['logits'].requires_grad_(), inputs()['logits_adv'].requires_grad_(), inputs()['y']
+    grad = lambda value, of: torch.autograd.grad(value.sum(), of)[0]
+    p = z.detach().softmax(1)
+    decoupled = lambda z_adv, beta: (losses.dkl(z, z_adv, p, y, alpha=1.0, beta=beta) - losses.ce(z, y))
+    assert torch.allclose(grad(decoupled(z_adv, 1.0), z), grad(losses.kl(z_adv, z), z))
+    assert torch.allclose(grad(decoupled(z_adv, 0.0), z_adv), grad(losses.kl(z_adv, z), z_adv))
+
+@pytest.mark.parametrize('rule', losses.TARGETS.values(), ids=losses.TARGETS)
+def test_soft_targets_are_distributions_ties_included(rule):
+    logits = torch.tensor([[0., 1, 2, 3], [5, 0, 0, 0], [1, 1, 1, 1], [2, 3, 0, 1]])
+    y = torch.tensor([0, 1, 2, 3])
+    target = rule(logits, y, smoothing=0.3)
+    assert torch.allclose(target.sum(1), torch.ones(4)) and (target >= 0).all()
+    expected = {'smooth': torch.full((4, 4), 0.075) + 0.7 * torch.eye(4),
+                'adversarial': torch.tensor([[1, 0, 0, 0], [0, 0.8, 0.1, 0.1], [0.075, 0.075, 0.775, 0.075],
+                                             [0, 0, 0.3, 0.7]])}[rule.__name__]
+    assert torch.allclose(target, expected)
+
+@pytest.mark.parametrize('name', [k for k, m in METHODS.items() if 'y' in needs(m.loss)])
+def test_soft_targets_go_with_every_loss_that_takes_labels(name):
+    i, loss = inputs(), METHODS[name].loss
+    soften = lambda smoothing: dict(i, y=losses.Softened(i['y'], lambda z, y: losses.smooth(
+        z, y, smoothing=smoothing)))
+    assert torch.allclose(call(loss, soften(0.0)), call(loss, i))
+    moves = name not in ('als', 'ard', 'iad1')             # those take no cross-entropy to the label alone
+    assert torch.allclose(call(loss, soften(0.1)), call(loss, i)) != moves
 
 # -----------------------------------------------------------------------------
 # attacks
@@ -154,7 +250,7 @@ def test_self_alignment_has_no_gradient_at_x(net):
                                   (losses.climb_mse, METHODS['logit_mse'])):
             x = X.clone().requires_grad_()
             grad, = torch.autograd.grad(objective(net(x), z).sum(), x)
-            assert grad.abs().max() < 1e-6 and method.attack['init'] == 'normal'
+            assert grad.abs().max() < 1e-6 and method.settings['init'] == 'normal'
 
 def test_cw_margin_by_hand():
     logits = torch.tensor([[1., 5., 3.], [4., 0., 1.]])
@@ -276,7 +372,9 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize('loss', METHODS)
 def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
     before = teacher.read_bytes()
-    flags = ['--teacher', teacher] if losses.needs_teacher(METHODS[loss]) else []
+    asked = losses.inputs(METHODS[loss])
+    flags = ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
+    flags += ['--standard-teacher', teacher] if 's_logits_adv' in asked else []
     script = run('train_adv.py', '--loss', loss, *TINY, *flags, '--epochs', 1, '--steps', 2,
                  '--out', tmp_path)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
