@@ -139,11 +139,21 @@ def weights_perturbed(model, objective, *, gamma):
             for w, value in zip(weights, saved):
                 w.copy_(value)
 
-def add_args(parser):
+def add_args(parser, training=False):
     g = parser.add_argument_group('attack, in pixels (0..255)')
     g.add_argument('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR)")
     g.add_argument('--step-size', type=float, help='default: a quarter of eps, the 2 of 8')
     g.add_argument('--norm', default='Linf', choices=['Linf', 'L2'])
+    if training:
+        g.add_argument('--steps', type=int, default=10)
+        g.add_argument('--init', default='uniform', choices=['uniform', 'normal', 'zero'],
+                       help='where it starts (TRADES and kin: normal)')
+        g.add_argument('--attack-bn', default='eval', choices=['eval', 'train'],
+                       help='BN mode while the attack is crafted')
+        g.add_argument('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'],
+                       help='of the step size, over the steps of one attack')
+        g.add_argument('--eps-ramp', type=float, default=0, metavar='SHARE',
+                       help='eps and step grow from zero over this share of the training')
 
 def resolve_args(args, eps):
     """Fill in the defaults (eps: the dataset's, in pixels) and refuse the two classic slips.

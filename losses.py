@@ -21,7 +21,7 @@ sees no label. Copy any function into your own code; it needs kl, mse, ce and ha
 are summed over the classes, squared errors averaged (F.mse_loss's convention); the mean over the batch is
 the caller's.
 """
-import inspect
+import argparse, inspect
 from typing import Callable, NamedTuple
 
 import torch
@@ -344,6 +344,38 @@ def table():
                  ' + '.join(filter(None, teachers)) or '-', source.rstrip('.'))
         rows.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join(rows)
+
+def add_args(parser):
+    """Add --loss and what goes with it, and set the method's defaults. They depend on --loss, --inner and
+    --recipe, which are therefore read here. -> the Method chosen."""
+    parser.add_argument('--loss', default='logit_mse', choices=METHODS, help='see the table in README.md')
+    g = parser.add_argument_group('method')
+    g.add_argument('--inner', choices=INNERS, help="what the attack climbs (default: the method's)")
+    g.add_argument('--targets', choices=TARGETS, help='what cross-entropies see for a label: smooth, als')
+    g.add_argument('--smoothing', type=float, default=0.1, help='of --targets')
+    g.add_argument('--recipe', default='default', choices=['default', 'paper'],
+                   help="paper: optimiser, schedule, attack of the method's own paper; explicit flags win")
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.error = parser.error
+    for flag, choices in (('loss', METHODS), ('inner', INNERS), ('recipe', ['default', 'paper'])):
+        known.add_argument(f'--{flag}', choices=choices, default=parser.get_default(flag))
+    args = known.parse_known_args()[0]
+    method = METHODS[args.loss]
+    parser.set_defaults(**method.settings)
+    if args.inner:
+        inner, init = INNERS[args.inner]
+        method = method._replace(inner=inner)
+        parser.set_defaults(init=init)
+    if args.recipe == 'paper':
+        if method.recipe is None:
+            parser.error(f'--recipe paper: the paper of {args.loss} gives none for small images; '
+                         'leave it out and set flags')
+        parser.set_defaults(**method.recipe)
+    g = parser.add_argument_group(f'hyper-parameters of {args.loss}')
+    for name, default in hparams(method.loss).items():
+        kind = dict(action='store_true') if default is False else dict(type=type(default))
+        g.add_argument(f'--{name}', default=default, help=f'default {default}', **kind)
+    return method
 
 if __name__ == '__main__':
     print(table())

@@ -20,33 +20,17 @@ from tqdm import tqdm
 import attacks, data, losses, models
 from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
 from log import Table, check_finite, environment, new_run
-from losses import INNERS, METHODS, TARGETS, Softened, hparams, needs
+from losses import TARGETS, Softened, hparams, needs
 from models import amp_dtype, branch, fingerprint, load_checkpoint, save_checkpoint
 
 # -----------------------------------------------------------------------------
-# arguments. --loss, --dataset, --recipe and --inner are read first: a loss's signature adds flags, all change
-# defaults
+# arguments: each module owns the flags it reads
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  allow_abbrev=False)
 # one line, without the usage
 parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
-parser.add_argument('--loss', default='logit_mse', choices=METHODS, help='see the table in README.md')
-data.add_args(parser); models.add_args(parser); attacks.add_args(parser)
-parser.add_argument('--steps', type=int, default=10, help='of the attack in training')
-parser.add_argument('--init', default='uniform', choices=['uniform', 'normal', 'zero'],
-                    help='where it starts (TRADES and kin: normal)')
-parser.add_argument('--inner', choices=INNERS, help="what it climbs (default: the method's)")
-parser.add_argument('--attack-bn', default='eval', choices=['eval', 'train'],
-                    help='BN mode while the attack is crafted')
-parser.add_argument('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'],
-                    help='of the step size, over the steps of one attack')
-parser.add_argument('--eps-ramp', type=float, default=0, metavar='SHARE',
-                    help='eps and step grow from zero over this share of the training')
-parser.add_argument('--free', type=int, default=0, metavar='M',
-                    help='free adversarial training: M updates per batch, the perturbation carried over')
+data.add_args(parser); models.add_args(parser); attacks.add_args(parser, training=True)
 g = parser.add_argument_group('training')
-g.add_argument('--recipe', default='default', choices=['default', 'paper'],
-               help="paper: optimiser, schedule and attack of the method's own paper; explicit flags win")
 g.add_argument('--teacher', metavar='PT',
                help="frozen teacher (default, if it is a standard one: this dataset and model's, "
                     'trained if need be)')
@@ -71,9 +55,9 @@ g.add_argument('--awp-warmup', type=float, default=0.1, metavar='SHARE', help='o
 g.add_argument('--ema', type=float, default=0, metavar='DECAY', help='averaged weights (usual: 0.995)')
 g.add_argument('--swa', type=float, default=0, metavar='SHARE',
                help='equal average of the weights, after every epoch past this share of the training')
+g.add_argument('--free', type=int, default=0, metavar='M',
+               help='free adversarial training: M updates per batch, the perturbation carried over')
 g.add_argument('--warm-start', metavar='PT', help="start from these weights; 'teacher': from the teacher's")
-g.add_argument('--targets', choices=TARGETS, help='what cross-entropies see for a label: smooth, als')
-g.add_argument('--smoothing', type=float, default=0.1, help='of --targets')
 g.add_argument('--dual-bn', action='store_true', help="AdvProp's auxiliary BN for adversarial images")
 g.add_argument('--craft-branch', default='aux', choices=['main', 'aux'], help='of --dual-bn: crafts x_adv')
 g.add_argument('--eval-branch', default='main', choices=['main', 'aux'], help='of --dual-bn: is validated')
@@ -81,34 +65,16 @@ g.add_argument('--bn-order', default='nat-adv', choices=['nat-adv', 'adv-nat', '
                help='order of the forwards of x and x_adv; nat, adv: only that one moves the BN statistics')
 g.add_argument('--extra', metavar='NPZ', help='images without labels')
 g.add_argument('--extra-fraction', type=float, default=0.5, metavar='F', help='of every batch')
-
 first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 first.error = parser.error
-first.add_argument('--loss', default='logit_mse', choices=METHODS)
-first.add_argument('--recipe', default='default', choices=['default', 'paper'])
-first.add_argument('--inner', choices=INNERS)
 data.add_args(first)
 first = first.parse_known_args()[0]
-method = METHODS[first.loss]
-g = parser.add_argument_group(f'hyper-parameters of {first.loss}')
-for name, default in hparams(method.loss).items():
-    kind = dict(action='store_true') if default is False else dict(type=type(default))
-    g.add_argument(f'--{name}', default=default, help=f'default {default}', **kind)
 try:
     defaults = data.row(first.dataset, first.data_dir)
 except ValueError as e:
     parser.error(e)
-parser.set_defaults(**method.settings,
-                    **{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
-if first.inner:
-    inner, init = INNERS[first.inner]
-    method = method._replace(inner=inner)
-    parser.set_defaults(init=init)
-if first.recipe == 'paper':
-    if method.recipe is None:
-        parser.error(f'--recipe paper: the paper of {first.loss} gives none for small images; '
-                     'leave it out and set flags')
-    parser.set_defaults(**method.recipe)
+parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
+method = losses.add_args(parser)
 args, unknown = parser.parse_known_args()
 if unknown:
     parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '
@@ -138,10 +104,12 @@ for wrong, message in [
          'for instance the best.pt of a --loss trades run'),
         (args.inner and wants_teacher and not method.teacher and not args.teacher,
          f'--inner {args.inner} needs a --teacher'),
-        (method.inner is None and (args.inner or args.free), f'--loss {args.loss} attacks nothing'),
+        (losses.METHODS[args.loss].inner is None and (args.inner or args.free), f'--loss {args.loss} attacks nothing'),
         (args.targets and 'y' not in needs(method.loss), f'--targets: --loss {args.loss} takes no label'),
         (args.ema and args.swa, '--ema and --swa: one average of the weights at a time'),
         (args.swa and args.dual_bn, "--swa would need the auxiliary BN's statistics again: use --ema"),
+        (not args.dual_bn and (args.craft_branch, args.eval_branch) != ('aux', 'main'),
+         '--craft-branch and --eval-branch are of --dual-bn'),
         (args.free and args.norm != 'Linf', '--free steps in Linf only'),
         (args.bn_order != 'nat-adv' and not {'logits', 'logits_adv'} <= asked,
          f'--bn-order {args.bn_order}: --loss {args.loss} does not put both x and x_adv through the student'),

@@ -5,8 +5,10 @@ import pathlib, resource, signal, subprocess, sys, time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-import data, models
+import data, losses, models
+from test_smoke import TINY, run
 
 HERE = pathlib.Path(__file__).parent.parent
 COMMAND = [sys.executable, str(HERE / 'train_teacher.py'), '--dataset', 'synthetic', '--width', '4',
@@ -70,3 +72,26 @@ def test_a_download_is_kept_as_npz(tmp_path, monkeypatch):
     again = data.load('cifar10', str(tmp_path))
     assert torch.equal(first.x_train, again.x_train) and torch.equal(first.y_test, again.y_test)
     assert first.x_test.max() == 0
+
+ce = F.cross_entropy
+
+def fails_at(call, fn):
+    """fn, whose result turns to NaN in that call."""
+    calls = iter(range(1, 1000))
+    return lambda *args: fn(*args) * (float('nan') if next(calls) == call else 1)
+
+@pytest.mark.parametrize('script', ['train_adv.py', 'train_teacher.py'])
+def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(script, tmp_path, monkeypatch):
+    """64 images in batches of 32 are two batches an epoch: the sixth loss is the last of epoch 3."""
+    flags = [*TINY, '--epochs', 4, '--out', tmp_path]
+    if script == 'train_adv.py':
+        monkeypatch.setattr(losses, 'ce', fails_at(6, losses.ce))               # trades calls it once a batch
+        flags += ['--loss', 'trades', '--steps', 1]
+    else:
+        mean_ce = fails_at(6, F.cross_entropy)
+        monkeypatch.setattr(F, 'cross_entropy', lambda x, y, reduction=None:
+                            mean_ce(x, y) if reduction is None else ce(x, y, reduction=reduction))
+    with pytest.raises(SystemExit) as e:
+        run(script, *flags)
+    assert 'non-finite loss in epoch 3, batch 2' in str(e.value) and '\n' not in str(e.value)
+    assert models.load_checkpoint(tmp_path / 'last.pt')[1]['epoch'] == 2
