@@ -58,6 +58,8 @@ SMALL = {
     'iad1':          f'--loss iad1 --teacher {ROBUST}',
     'iad2':          f'--loss iad2 --teacher {ROBUST} --standard-teacher {STANDARD}',
     'adaad':         f'--loss adaad --teacher {ROBUST}',
+    'adaad-standard': f'--loss adaad --teacher {STANDARD}',     # what everyone tries once
+    'rslad-standard': f'--loss rslad --teacher {STANDARD}',
     'kd_swa':        f'--loss kd_swa --teacher {ROBUST} --standard-teacher {STANDARD}',
 }
 TABLES = {'small': dict(

@@ -4,7 +4,8 @@ import json, pathlib, subprocess, sys
 HERE = pathlib.Path(__file__).parent.parent
 
 def python(cwd, script, *argv):
-    done = subprocess.run([sys.executable, str(HERE / script), *argv], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(HERE / script), *argv], cwd=cwd,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,5 +1,5 @@
-"""What composes with every loss: weight perturbation, averages, dual BN, activations, BN order, free training,
-warm starts, images without labels, recipes."""
+"""What composes with every loss: weight perturbation, averages, dual BN, activations, BN order, free
+training, warm starts, images without labels, recipes."""
 import json
 
 import numpy as np
@@ -42,7 +42,8 @@ def test_awp_changes_the_update_and_leaves_the_statistics_to_the_real_forwards(t
     start = models.build('resnet18', 10, width=4)
     assert all(torch.equal(a, b) for a, b in zip(script['student'].parameters(), start.parameters()))
     assert script['student'].bn1.num_batches_tracked == 2 * 2           # two batches: x and x_adv, no more
-    moved = [train(tmp_path / k, '--awp', k, '--awp-warmup', 0)['student'].linear.weight for k in ('0', '0.01')]
+    moved = [train(tmp_path / gamma, '--awp', gamma, '--awp-warmup', 0)['student'].linear.weight
+             for gamma in ('0', '0.01')]
     assert not torch.equal(*moved)
 
 # -----------------------------------------------------------------------------
@@ -70,11 +71,13 @@ def test_swa_is_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path, monk
     net, _ = models.load_checkpoint(tmp_path / 'last.pt')
     for k, p in net.named_parameters():
         assert torch.allclose(p, (first[k] + student[k]) / 2, atol=1e-6)
-    batches = data.batches(script['d'].x_train, script['d'].y_train, 32, False, torch.Generator().manual_seed(2))
+    d, order = script['d'], torch.Generator().manual_seed(2)
+    batches = data.batches(d.x_train, d.y_train, 32, False, order)
     with torch.no_grad():
         outputs = [net.conv1(x) for x, _ in batches]
-    assert torch.allclose(net.bn1.running_mean, torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0), atol=1e-5)
-    assert torch.allclose(net.bn1.running_var, torch.stack([o.var((0, 2, 3)) for o in outputs]).mean(0), atol=1e-5)
+    mean, var = [torch.stack([getattr(o, f)((0, 2, 3)) for o in outputs]).mean(0) for f in ('mean', 'var')]
+    assert torch.allclose(net.bn1.running_mean, mean, atol=1e-5)
+    assert torch.allclose(net.bn1.running_var, var, atol=1e-5)
 
 # -----------------------------------------------------------------------------
 # BN: two branches, and the order of the forwards
@@ -144,11 +147,13 @@ def test_the_hybrid_is_relu_forward_and_softplus_backward():
 @pytest.mark.parametrize('model', ['resnet18', 'resnet50', 'preactresnet18', 'wrn-10-1', 'mobilenetv2'])
 def test_the_activation_reaches_every_nonlinearity(model):
     torch.manual_seed(0)
-    relu, hybrid, silu = [models.build(model, 10, width=4, activation=a).eval() for a in ('relu', 'hybrid', 'silu')]
+    relu, hybrid, silu = [models.build(model, 10, width=4, activation=a).eval()
+                          for a in ('relu', 'hybrid', 'silu')]
     hybrid.load_state_dict(relu.state_dict()), silu.load_state_dict(relu.state_dict())
     x = X.clone().requires_grad_()
     grads = [torch.autograd.grad(net(x).square().sum(), x)[0] for net in (relu, hybrid)]
-    assert torch.equal(relu(X), hybrid(X)) and not torch.allclose(*grads) and not torch.allclose(relu(X), silu(X))
+    assert torch.equal(relu(X), hybrid(X)) and not torch.allclose(relu(X), silu(X))
+    assert not torch.allclose(*grads)
     assert models.fingerprint(relu) != models.fingerprint(hybrid)
     assert not any(m.act is F.relu for m in hybrid.modules() if isinstance(m, models.Net))
 
@@ -242,7 +247,7 @@ def test_images_without_labels_get_the_teachers_or_none(loss, labels, teacher, t
 def test_dkl_gets_the_class_means_of_the_epoch_before(tmp_path):
     script = train(tmp_path, loss='dkl')
     class_p = script['class_p']
-    assert torch.allclose(class_p.sum(1), torch.ones(10)) and not torch.allclose(class_p, torch.full((10, 10), .1))
+    assert torch.allclose(class_p.sum(1), torch.ones(10)) and class_p.std() > 0.001
     script['class_sum'].zero_()
     script['loss_on'](X, X, torch.tensor([0, 0, 0, 1, 1, 1]))
     script['student'].train()
