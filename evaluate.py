@@ -44,7 +44,8 @@ g.add_argument('--std', type=float, nargs=3)
 g = parser.add_argument_group('evaluation')
 g.add_argument('--branch', choices=['main', 'aux'], help='of dual BN (default: as validated in training)')
 g.add_argument('--activation', choices=models.ACTIVATIONS,
-               help="another one than the checkpoint's: relu attacks a hybrid with ReLU's own gradients")
+               help="of foreign weights (default: relu), or another than the checkpoint's: relu attacks "
+                    "a hybrid with ReLU's own gradients")
 g.add_argument('--attacks', nargs='+', default=DEFAULT,
                choices=[*DEFAULT, *PARTS], metavar='NAME',
                help=f'{" ".join(DEFAULT)}, or one of its parts alone on all images: {" ".join(PARTS)}')
@@ -87,7 +88,8 @@ try:
                          'name their architecture with --model (and --width)')
     d = data.load(args.dataset, args.data_dir, device=device)
     model, meta = load_checkpoint(args.checkpoint, args.model, d.classes,
-                                  width=args.width, mean=args.mean, std=args.std)
+                                  width=args.width, mean=args.mean, std=args.std,
+                                  activation=args.activation or 'relu')
     if args.branch and not model.config['dual_bn']:
         raise ValueError(f'--branch {args.branch}: {args.checkpoint} has no dual BN')
     args.branch = args.branch or run.get('eval_branch', 'main')

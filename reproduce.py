@@ -109,7 +109,8 @@ def train(command, folder):
         run(f'{command} --data-dir {args.data_dir}')
 
 if not args.table_only:
-    os.makedirs(f'results/{args.table}', exist_ok=True)
+    if not args.commands:
+        os.makedirs(f'results/{args.table}', exist_ok=True)
     folder = f'runs/{args.table}/teacher'
     train(f'train_teacher.py {table["teacher"]} --out {folder}', folder)
     if not args.commands:

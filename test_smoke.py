@@ -437,9 +437,26 @@ def test_readme_example_runs():
         exec(code, dict(model=net, teacher=teacher, optimizer=optimizer, loader=[(X, Y)]))
         assert models.fingerprint(net) != before and all(p.grad is None for p in teacher.parameters())
 
-def test_readme_commands_run(tmp_path):
-    """Every python command of the README's sh blocks, as a user types it, on a handful of
-    images under the same names."""
+def test_readme_recipe_for_a_loss_of_your_own(tmp_path):
+    """Pasted where its comments say, the new loss trains and its flag exists."""
+    block = re.search(r'```python\n(# losses.py.*?)```', README, re.S)[1]
+    loss, row, name = re.split(r'# .*, .*\n', block)[1:]
+    assert len((loss + row + name).split('\n\n')[0].splitlines()) < 15 and len(block.split('\n')) < 15
+    for file in HERE.glob('*.py'):
+        (tmp_path / file.name).write_text(file.read_text())
+    for file, before, code in [('losses.py', 'def softmax_kl(', loss), ('losses.py', "    'trades': ", row),
+                               ('train_adv.py', '        t_logits      =', name)]:
+        text = (tmp_path / file).read_text()
+        assert text.count(before) == 1
+        (tmp_path / file).write_text(text.replace(before, code.rstrip('\n') + '\n' + before))
+    done = subprocess.run([sys.executable, 'train_adv.py', '--loss', 'trades_flip', '--gamma', '0.5', *TINY,
+                           '--epochs', '1', '--steps', '1'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and '"gamma": 0.5' in done.stdout, done.stderr
+
+def test_readme_commands_run(tmp_path, monkeypatch):
+    """Every python command of the README's sh blocks, in their order, on a handful of images under the same
+    names and a narrow network."""
+    monkeypatch.chdir(tmp_path)
     d = data.load('synthetic')
     (tmp_path / 'data').mkdir()
     for name in ('digits', 'cifar10'):
@@ -454,13 +471,14 @@ def test_readme_commands_run(tmp_path):
                                     comments=True)[1:]
         if script in ('test_smoke.py', 'losses.py'):
             continue
-        if 'digits' not in command and 'runs/' not in command:
-            argv += ['--width', '4']
-        argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1',
+        argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'reproduce.py': '',
                  'train_adv.py': '--epochs 1 --steps 1'}[script].split()
-        done = subprocess.run([sys.executable, str(HERE / script), *argv], cwd=tmp_path,
-                              capture_output=True, text=True)
-        assert done.returncode == 0, (command, done.stderr)
+        if 'digits' not in command and script.startswith('train') or 'model_test.pt' in command:
+            argv += ['--width', '4']
+        try:
+            run(script, *argv)
+        except SystemExit as e:
+            assert not e.code, command
 
 if __name__ == '__main__':
     sys.exit(pytest.main([__file__, '-q', *sys.argv[1:]]))

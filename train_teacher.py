@@ -63,7 +63,8 @@ try:
     d = data.load(args.dataset, args.data_dir, subset=args.subset, device=device)
     mean, std = d.statistics() if args.normalize else (None, None)
     torch.manual_seed(args.seed)
-    model = models.build(args.model, d.classes, width=args.width, mean=mean, std=std)
+    model = models.build(args.model, d.classes, width=args.width, mean=mean, std=std,
+                         activation=args.activation)
 except ValueError as e:
     parser.error(e)
 model = model.to(device, memory_format=models.layout(device))
