@@ -85,10 +85,9 @@ def cw_margin(logits, y):
     return logits.scatter(1, y[:, None], float('-inf')).amax(1) - right
 
 @contextmanager
-def frozen_statistics(*models):
+def frozen_statistics(model):
     """BN in train mode normalises with its batch, as ever, and leaves its running statistics alone."""
-    layers = [m for model in models for m in model.modules()
-              if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     before = [m.track_running_stats for m in layers]
     for m in layers:
         m.track_running_stats = False

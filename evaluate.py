@@ -94,7 +94,7 @@ try:
         raise ValueError(f'--branch {args.branch}: {args.checkpoint} has no dual BN')
     args.branch = args.branch or run.get('eval_branch', 'main')
     if args.activation and args.activation != model.config['activation']:
-        notes.append(f'trained with {model.config["activation"]}, evaluated with {args.activation}')
+        notes.append(f'{model.config["activation"]} in the checkpoint, evaluated with {args.activation}')
         weights = model.state_dict()
         model = models.build(**dict(model.config, activation=args.activation)).eval()
         model.load_state_dict(weights)

@@ -8,18 +8,17 @@ Adversarial-training losses. Every loss is a pure function of what it names, and
     logits            student on x                              (B, K)
     logits_adv        student on x_adv                          (B, K)
     logits_helper     student on x + h (x_adv - x)              (B, K)   HAT
-    t_logits          frozen teacher on x                       (B, K)   never carries a gradient
-    t_logits_adv      frozen teacher on x_adv                   (B, K)   likewise
-    s_logits_adv      second teacher, a standard one, on x_adv  (B, K)   likewise
+    t_logits          frozen teacher on x                       (B, K)   no gradient
+    t_logits_adv      frozen teacher on x_adv                   (B, K)   no gradient, but in an attack
+    s_logits_adv      second teacher, a standard one, on x_adv  (B, K)   no gradient
     guide_logits      network trained along, on x               (B, K)   carries a gradient; LBGAT
     class_p           mean softmax of the student over y's class,
                       of the epoch before                       (B, K)   DKL
     progress          share of the training that is done        float in [0, 1]
 
 Logits arrive in fp32. The training loop reads the names and computes those, and no others: a loss without y
-sees no label. Copy any function into your own code; it needs kl, mse, ce and hard below at most. Divergences
-are summed over the classes, squared errors averaged (F.mse_loss's convention); the mean over the batch is
-the caller's.
+sees no label. Copy any function into your own code, with the few it calls. Divergences are summed over the
+classes, squared errors averaged (F.mse_loss's convention); the mean over the batch is the caller's.
 """
 import argparse, inspect
 from typing import Callable, NamedTuple
@@ -137,7 +136,8 @@ def advprop(logits, logits_adv, y):
     """Xie et al. 2020, "Adversarial Examples Improve Image Recognition" (AdvProp).
     [CE(p, y) + CE(p', y)] / 2, p' through its own BN
     Their text adds the two; implementations average the concatenated batch, as here. Its row switches
-    --dual-bn on: x through the main BN, x' through the auxiliary one, which also crafts x'."""
+    --dual-bn on: x through the main BN, x' through the auxiliary one, which also crafts x', untargeted
+    (theirs aims at a random class). The recipe is Dallaire et al.'s."""
     return nat_adv(logits, logits_adv, y)
 
 def als(logits, y, *, alpha=0.1):
@@ -149,8 +149,8 @@ def als(logits, y, *, alpha=0.1):
 def alp(logits, logits_adv, y, *, beta=0.5):
     """Kannan et al. 2018, "Adversarial Logit Pairing" (ALP).
     [CE(p, y) + CE(p', y)] / 2 + beta MSE(z, z')
-    Neither side is detached. The authors train on ImageNet, with --targets smooth and --inner least_likely;
-    climbing CE is what its ports to CIFAR do."""
+    Neither side is detached. The authors train on ImageNet, with --targets smooth and --inner least_likely,
+    x and x' in one batch; climbing CE, and two forwards, are what its ports to CIFAR do."""
     return nat_adv(logits, logits_adv, y) + beta * mse(logits, logits_adv)
 
 def mart(logits, logits_adv, y, *, beta=5.0):
@@ -264,7 +264,8 @@ class Method(NamedTuple):
     recipe: dict | None = None      # --recipe paper: the flags of the method's paper and code. None: unknown
 
 BESIDE = dict(init='normal')        # at x itself KL and MSE to the clean output have no gradient
-# plain momentum and a stepwise rate, as most code before one-cycle; milestones in shares of the training
+# plain momentum and a stepwise rate, as most code before one-cycle; milestones in shares of the training. The
+# steps of .007 of some are the 2/255 of all here
 STEPWISE = dict(schedule='step', lr=0.1, nesterov=False, weight_decay=2e-4)
 
 METHODS = {
@@ -273,20 +274,23 @@ METHODS = {
     # Madry: 80,000 steps of 128
     'pgd_at':     Method(pgd_at,     climb_ce, recipe=dict(
                       STEPWISE, epochs=205, milestones=[0.5, 0.75], attack_bn='train')),
-    # paper 3: an eps of 0.1 that two steps of 2/255 never reach; its learning rate is not stated
-    'nat_adv':    Method(nat_adv,    climb_ce, recipe=dict(epochs=100, eps=25.5, step_size=2.0, steps=2)),
+    # Dallaire et al.: two steps of 2/255 from x, short of their eps of 0.1; they state no learning rate
+    'nat_adv':    Method(nat_adv,    climb_ce, recipe=dict(epochs=100, steps=2, init='zero')),
     'advprop':    Method(advprop,    climb_ce, dict(dual_bn=True),
-                         recipe=dict(epochs=100, eps=25.5, step_size=2.0, steps=2)),
+                         recipe=dict(epochs=100, steps=2, init='zero')),
     'alp':        Method(alp,        climb_ce),
     'trades':     Method(trades,     climb_kl,  BESIDE, recipe=dict(
-                      STEPWISE, epochs=76, milestones=[75 / 76])),
+                      STEPWISE, epochs=76, milestones=[74 / 76])),
     # fine-tuned momentum, .95 to .85 and back, is OneCycleLR's default and not copied
     'hat':        Method(hat,        climb_kl,  BESIDE, 'standard', recipe=dict(epochs=50, lr=0.21)),
     'mart':       Method(mart,       climb_ce,  BESIDE, recipe=dict(
-                      STEPWISE, epochs=120, lr=0.01, weight_decay=3.5e-3, milestones=[0.625, 0.75, 0.8333])),
-    # their attack has 2 to 5 steps, more in later epochs; here 5. Their cosine warms up for 5 %, ours for 25
+                      STEPWISE, epochs=120, lr=0.01, weight_decay=3.5e-3,
+                      milestones=[74 / 120, 89 / 120, 99 / 120])),
+    # their cosine warms up for 5 % of the training, ours for 25
     'dkl':        Method(dkl,        climb_kl,  BESIDE, recipe=dict(
-                      epochs=200, nesterov=False, eps_ramp=1.0, steps=5, awp=0.005, awp_warmup=0.05)),
+                      epochs=200, nesterov=False, eps_ramp=1.0, steps=5, step_size=4.0,
+                      awp=0.005, awp_warmup=0.05)),
+    # without their first epoch at a tenth of the rate
     'lbgat':      Method(lbgat,      climb_kl,  BESIDE, recipe=dict(
                       STEPWISE, epochs=100, milestones=[0.75, 0.9])),
     'softmax_kl': Method(softmax_kl, climb_kl,  BESIDE, 'standard', recipe={}),
@@ -307,6 +311,8 @@ METHODS = {
     'kd_swa':     Method(kd_swa,     climb_ce,  {}, 'robust', recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.25, 0.75], weight_decay=5e-4, swa=0.275)),
 }
+
+SHARES = 'als', 'ard', 'rslad', 'iad2', 'kd_swa'        # rows whose alpha and gamma are shares of one
 
 # --inner NAME: the attack of another row, and where it starts
 INNERS = {'ce': (climb_ce, 'uniform'), 'kl': (climb_kl, 'normal'), 'mse': (climb_mse, 'normal'),
@@ -368,8 +374,7 @@ def add_args(parser):
         parser.set_defaults(init=init)
     if args.recipe == 'paper':
         if method.recipe is None:
-            parser.error(f'--recipe paper: the paper of {args.loss} gives none for small images; '
-                         'leave it out and set flags')
+            parser.error(f'--recipe paper: none is recorded for {args.loss}; leave it out and set flags')
         parser.set_defaults(**method.recipe)
     g = parser.add_argument_group(f'hyper-parameters of {args.loss}')
     for name, default in hparams(method.loss).items():

@@ -236,12 +236,12 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 
 @contextmanager
 def branch(net, name):
-    """For the time of the block net normalises with its 'main' or its 'aux' BN.
+    """For the time of the block net normalises with its 'main' or its 'aux' BN; None: as before the block.
     Without dual BN: no effect."""
     layers = [m for m in net.modules() if isinstance(m, DualBatchNorm2d)]
     before = [m.auxiliary for m in layers]
     for m in layers:
-        m.auxiliary = name == 'aux'
+        m.auxiliary = name == 'aux' if name else m.auxiliary
     try:
         yield
     finally:

@@ -1,20 +1,19 @@
 """
 The tables of results/, row by row: train what is missing, evaluate it, print the table.
 
-$ python reproduce.py small                          # every row, seed 0: an hour per six rows on one CPU core
+$ python reproduce.py small                          # every row, seed 0; about 25 minutes each on a CPU core
 $ python reproduce.py small --rows trades logit_mse --seeds 0 1 2
 $ python reproduce.py small --commands               # what it would run
 $ python reproduce.py small --table                  # what is there already
 
-A row that was interrupted is deleted and run again; a finished one is left alone. Weights go to
-runs/TABLE/ROW-sSEED, logs and JSON also to results/TABLE, from where the table is made.
+What was interrupted is run again, and so is a row whose command has changed; what is finished is left alone.
+Weights go to runs/TABLE/ROW-sSEED, logs, JSON and command also to results/TABLE, of which the table is made.
 """
 import argparse, json, os, shlex, shutil, statistics, subprocess, sys
 
 # -----------------------------------------------------------------------------
-# small: every method at one small budget on CIFAR-10, for a CPU. STANDARD and ROBUST are teachers: the first
-# is trained once, on all training images, with the student's architecture; the second is the row that
-# withstands PGD-20 best on held-out training images
+# small: every method at one small budget on CIFAR-10, for a CPU. Two teachers: STANDARD is trained once, on
+# all training images, with the student's architecture; ROBUST is a row, see the hold-out column
 
 MODEL = '--model resnet18 --width 8'
 BUDGET = f'{MODEL} --subset 10000 --epochs 5 --batch-size 64 --lr 0.1'
@@ -83,8 +82,15 @@ for row in args.rows or []:
         parser.error(f'unknown row {row!r}; {args.table} has {" ".join(table["rows"])}')
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-def train_command(row, seed, folder):
-    return (f'train_adv.py {table["rows"][row]} {table["budget"]} --seed {seed} --out {folder}')
+def evaluations(row):
+    """name -> flags: the table's, and once more with ReLU's own gradients for a hybrid activation, which may
+    mask its own, and through the auxiliary BN of AdvProp."""
+    flags = dict(table['evaluate'])
+    for word, suffix, more in (('hybrid', '-relu', ' --activation relu'),
+                               ('advprop', '-aux', ' --branch aux')):
+        if word in table['rows'][row]:
+            flags |= {name + suffix: f + more for name, f in table['evaluate'].items()}
+    return flags
 
 def run(command):
     print(f'$ python {command}', flush=True)
@@ -94,19 +100,22 @@ def run(command):
     if status := subprocess.run([sys.executable, os.path.join(HERE, script), *argv]).returncode:
         sys.exit(f'stopped: {script} ended with status {status}')
 
-def trained(folder):
-    """The last line of its log has been reached, and its weights are there."""
-    try:
-        config, *epochs = [json.loads(line) for line in open(f'{folder}/log.jsonl')]
-        return len(epochs) == config['epochs'] and os.path.exists(f'{folder}/best.pt')
-    except (OSError, ValueError):
-        return False
+def command_of(row, seed):
+    return (f'train_adv.py {table["rows"][row]} {table["budget"]} --seed {seed} '
+            f'--out runs/{args.table}/{row}-s{seed}')
+
+def same(file, command):
+    return os.path.exists(file) and open(file).read() == f'python {command}\n'
 
 def train(command, folder):
-    if not trained(folder):
+    """Once: folder/command, written last, says that it is done and how."""
+    if args.commands or not same(f'{folder}/command', command):
         if not args.commands:
             shutil.rmtree(folder, ignore_errors=True)
         run(f'{command} --data-dir {args.data_dir}')
+        if not args.commands:
+            with open(f'{folder}/command', 'w') as f:
+                f.write(f'python {command}\n')
 
 if not args.table_only:
     if not args.commands:
@@ -118,37 +127,40 @@ if not args.table_only:
     for seed in args.seeds:
         for row in args.rows or table['rows']:
             folder, kept = f'runs/{args.table}/{row}-s{seed}', f'results/{args.table}/{row}-s{seed}'
-            if all(os.path.exists(f'{kept}.{name}.json') for name in table['evaluate']):
-                continue
-            train(train_command(row, seed, folder), folder)
-            for name, flags in table['evaluate'].items():
-                if not os.path.exists(f'{kept}.{name}.json'):
-                    tmp = f'{folder}/{name}.json'
-                    if os.path.exists(tmp):         # of an evaluation that was interrupted, or not copied
-                        os.remove(tmp)
-                    run(f'evaluate.py {folder}/best.pt {flags} --out {tmp}')
-                    if not args.commands:
-                        shutil.copy(tmp, f'{kept}.{name}.json')
-            if not args.commands:
+            command = command_of(row, seed)
+            train(command, folder)
+            if not args.commands and not same(f'{kept}.command', command):      # of this command, nothing yet
+                for name in evaluations(row):
+                    if os.path.exists(f'{kept}.{name}.json'):
+                        os.remove(f'{kept}.{name}.json')
                 shutil.copy(f'{folder}/log.jsonl', f'{kept}.jsonl')
+                shutil.copy(f'{folder}/command', f'{kept}.command')
+            for name, flags in evaluations(row).items():
+                if args.commands or not os.path.exists(f'{kept}.{name}.json'):
+                    report = f'{folder}/{name}.json'
+                    if os.path.exists(report):                  # half of one
+                        os.remove(report)
+                    run(f'evaluate.py {folder}/best.pt {flags} --out {report}')
+                    if not args.commands:
+                        shutil.copy(report, f'{kept}.{name}.json')
 if args.commands:
     sys.exit()
 
 # -----------------------------------------------------------------------------
-# the table: one line per row, its seeds averaged
+# the table: one line per row and way of evaluating it, its seeds averaged
 
-def measured(row, seed):
-    """The figures of one run, or None."""
+def measured(row, seed, suffix):
+    """The figures of one finished run of the present command, or None."""
     kept = f'results/{args.table}/{row}-s{seed}'
-    try:
-        reports = {name: json.load(open(f'{kept}.{name}.json')) for name in table['evaluate']}
-        config, *epochs = [json.loads(line) for line in open(f'{kept}.jsonl')]
-    except OSError:
+    if not (same(f'{kept}.command', command_of(row, seed))
+            and all(os.path.exists(f'{kept}.{name}{suffix}.json') for name in table['evaluate'])):
         return None
-    pgd, autoattack = reports['pgd']['results'], reports['autoattack']['results']['autoattack (worst case)']
-    return dict(clean=pgd['clean']['accuracy'], pgd=pgd['pgd-20']['accuracy'],
-                autoattack=autoattack['accuracy'], interval=autoattack['interval'],
-                epoch=reports['pgd']['trained']['epoch'],
+    pgd, autoattack = [json.load(open(f'{kept}.{name}{suffix}.json')) for name in table['evaluate']]
+    config, *epochs = [json.loads(line) for line in open(f'{kept}.jsonl')]
+    worst = autoattack['results']['autoattack (worst case)']
+    return dict(clean=pgd['results']['clean']['accuracy'], pgd=pgd['results']['pgd-20']['accuracy'],
+                autoattack=worst['accuracy'], interval=worst['interval'], epoch=pgd['trained']['epoch'],
+                held_out=pgd['trained']['val_pgd20'], last=epochs[-1]['val_pgd20'],
                 seconds=statistics.median(config['train_images'] / e['img_per_s'] for e in epochs))
 
 def figure(values):
@@ -156,14 +168,19 @@ def figure(values):
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
     return f'{statistics.mean(values):.1f}{spread}'
 
-n = {name: shlex.split(flags)[1] for name, flags in table['evaluate'].items()}
-print(f'\n| row | clean, n={n["pgd"]} | PGD-20, n={n["pgd"]} | AutoAttack, n={n["autoattack"]} (95 %) '
-      '| best epoch | s/epoch | seeds | python train_adv.py ... |\n' + '|---' * 8 + '|')
+n = [shlex.split(flags)[1] for flags in table['evaluate'].values()]
+print(f'Teacher: `python train_teacher.py {table["teacher"]}`. '
+      f'Every row: `python train_adv.py {table["budget"]}` and what stands in its last column.\n')
+print(f'| row | clean, n={n[0]} | PGD-20, n={n[0]} | AutoAttack, n={n[1]} (95 %) '
+      '| PGD-20 on the hold-out, best (epoch) / last | s/epoch | seeds | flags |\n' + '|---' * 8 + '|')
 for row, flags in table['rows'].items():
-    runs = {seed: m for seed in range(10) if (m := measured(row, seed))}
-    if runs:
-        column = lambda name: [m[name] for m in runs.values()]
-        low, high = map(statistics.mean, zip(*column('interval')))
-        accuracies = ' | '.join(figure(column(name)) for name in ('clean', 'pgd', 'autoattack'))
-        print(f'| {row} | {accuracies} ({low:.0f}-{high:.0f}) | {" ".join(map(str, column("epoch")))} '
-              f'| {statistics.median(column("seconds")):.0f} | {" ".join(map(str, runs))} | `{flags}` |')
+    for suffix in sorted({name[len(base):] for base in table['evaluate'] for name in evaluations(row)
+                          if name.startswith(base)}):
+        runs = {seed: m for seed in range(10) if (m := measured(row, seed, suffix))}
+        if runs:
+            column = lambda name: [m[name] for m in runs.values()]
+            low, high = map(statistics.mean, zip(*column('interval')))
+            accuracies = ' | '.join(figure(column(name)) for name in ('clean', 'pgd', 'autoattack'))
+            print(f'| {row}{suffix} | {accuracies} ({low:.0f}-{high:.0f}) | {figure(column("held_out"))} '
+                  f'({" ".join(map(str, column("epoch")))}) / {figure(column("last"))} '
+                  f'| {statistics.median(column("seconds")):.0f} | {" ".join(map(str, runs))} | `{flags}` |')

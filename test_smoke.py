@@ -190,14 +190,14 @@ def test_soft_targets_are_distributions_ties_included(rule):
                                              [0, 0, 0.3, 0.7]])}[rule.__name__]
     assert torch.allclose(target, expected)
 
-@pytest.mark.parametrize('name', [k for k, m in METHODS.items() if 'y' in needs(m.loss)])
+@pytest.mark.parametrize('name', [k for k, m in METHODS.items() if 'y' in needs(m.loss)
+                                  and k not in ('als', 'ard', 'iad1')])     # no cross-entropy to a label
 def test_soft_targets_go_with_every_loss_that_takes_labels(name):
     i, loss = inputs(), METHODS[name].loss
     soften = lambda smoothing: dict(i, y=losses.Softened(i['y'], lambda z, y: losses.smooth(
         z, y, smoothing=smoothing)))
     assert torch.allclose(call(loss, soften(0.0)), call(loss, i))
-    moves = name not in ('als', 'ard', 'iad1')             # those take no cross-entropy to the label alone
-    assert torch.allclose(call(loss, soften(0.1)), call(loss, i)) != moves
+    assert not torch.allclose(call(loss, soften(0.1)), call(loss, i))
 
 # -----------------------------------------------------------------------------
 # attacks
@@ -441,7 +441,7 @@ def test_readme_recipe_for_a_loss_of_your_own(tmp_path):
     """Pasted where its comments say, the new loss trains and its flag exists."""
     block = re.search(r'```python\n(# losses.py.*?)```', README, re.S)[1]
     loss, row, name = re.split(r'# .*, .*\n', block)[1:]
-    assert len((loss + row + name).split('\n\n')[0].splitlines()) < 15 and len(block.split('\n')) < 15
+    assert len(block.splitlines()) < 15
     for file in HERE.glob('*.py'):
         (tmp_path / file.name).write_text(file.read_text())
     for file, before, code in [('losses.py', 'def softmax_kl(', loss), ('losses.py', "    'trades': ", row),

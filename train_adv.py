@@ -56,7 +56,8 @@ g.add_argument('--ema', type=float, default=0, metavar='DECAY', help='averaged w
 g.add_argument('--swa', type=float, default=0, metavar='SHARE',
                help='equal average of the weights, after every epoch past this share of the training')
 g.add_argument('--free', type=int, default=0, metavar='M',
-               help='free adversarial training: M updates per batch, the perturbation carried over')
+               help='free adversarial training, no PGD: M updates per batch, so M times as many in an epoch; '
+                    'each moves the perturbation, which is carried over')
 g.add_argument('--warm-start', metavar='PT', help="start from these weights; 'teacher': from the teacher's")
 g.add_argument('--dual-bn', action='store_true', help="AdvProp's auxiliary BN for adversarial images")
 g.add_argument('--craft-branch', default='aux', choices=['main', 'aux'], help='of --dual-bn: crafts x_adv')
@@ -85,12 +86,15 @@ wants_teacher = any(name.startswith('t_') for name in asked)
 labels_extra = bool(args.extra) and 'y' in asked                # by the teacher
 for low, high, flags in [(0, 1e9, ['lr', 'weight_decay', 'awp', 'free', *hp]),
                          (1, 1e9, ['epochs', 'steps']), (2, 1e9, ['batch_size']),
+                         (1e-3, 1e9, [k for k in ('tau', 'T') if k in hp]),
                          (0, 1, ['eps_ramp', 'awp_warmup', 'ema', 'swa', 'smoothing', 'extra_fraction'])]:
     for flag in flags:
         if not low <= getattr(args, flag) <= high:
-            parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, at least {low}'
+            parser.error(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, at least {low:g}'
                          + (f' and at most {high}' if high == 1 else ''))
 n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
+shares = [hp[k] for k in ('alpha', 'gamma') if k in hp] if args.loss in losses.SHARES else []
+both = {'logits', 'logits_adv'} <= set(needs(method.loss))
 for wrong, message in [
         (args.teacher and not wants_teacher and not labels_extra, f'--loss {args.loss} takes no --teacher'),
         (args.standard_teacher and 's_logits_adv' not in asked,
@@ -104,18 +108,25 @@ for wrong, message in [
          'for instance the best.pt of a --loss trades run'),
         (args.inner and wants_teacher and not method.teacher and not args.teacher,
          f'--inner {args.inner} needs a --teacher'),
+        (sum(shares) > 1, f'--loss {args.loss}: alpha and gamma are shares, at most 1 together'),
         (losses.METHODS[args.loss].inner is None and (args.inner or args.free),
          f'--loss {args.loss} attacks nothing'),
-        (args.targets and 'y' not in needs(method.loss), f'--targets: --loss {args.loss} takes no label'),
+        (args.inner and args.free, '--free has no attack for --inner to change'),
+        (args.targets and ('y' not in needs(method.loss) or args.loss in ('als', 'iad1')
+                           or args.loss == 'ard' and hp['alpha'] == 1),
+         f'--targets: --loss {args.loss} takes no cross-entropy to a label'),
         (args.ema and args.swa, '--ema and --swa: one average of the weights at a time'),
         (args.swa and args.dual_bn, "--swa would need the auxiliary BN's statistics again: use --ema"),
         (not args.dual_bn and (args.craft_branch, args.eval_branch) != ('aux', 'main'),
          '--craft-branch and --eval-branch are of --dual-bn'),
         (args.free and args.norm != 'Linf', '--free steps in Linf only'),
-        (args.bn_order != 'nat-adv' and not {'logits', 'logits_adv'} <= asked,
-         f'--bn-order {args.bn_order}: --loss {args.loss} does not put both x and x_adv through the student'),
-        (args.warm_start == 'teacher' and not wants_teacher, f'--warm-start teacher: --loss {args.loss} has '
-         'none, name a file')]:
+        ((args.bn_order != 'nat-adv' or args.dual_bn) and not both, f'--bn-order and --dual-bn: --loss '
+         f'{args.loss} does not put both x and x_adv through the student'),
+        (args.dual_bn and args.bn_order in ('nat', 'adv'),
+         f'--bn-order {args.bn_order} would leave one BN of --dual-bn without statistics'),
+        (args.swa == 1, '--swa 1: no epoch is left to average'),
+        (args.warm_start == 'teacher' and not (wants_teacher or labels_extra),
+         f'--warm-start teacher: --loss {args.loss} has none, name a file')]:
     if wrong:
         parser.error(message)
 
@@ -152,6 +163,9 @@ def frozen(path):
         raise ValueError(f'{path} knows {net.config["num_classes"]} classes, {args.dataset} has {d.classes}')
     if meta.get('dataset', args.dataset) != args.dataset:
         raise ValueError(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
+    for m in net.modules():                                     # of its two, the BN it was validated with
+        if isinstance(m, models.DualBatchNorm2d):
+            m.auxiliary = meta.get('run', {}).get('eval_branch') == 'aux'
     net = net.to(device, memory_format=models.layout(device)).requires_grad_(False)
     return net, dict(path=path, fingerprint=fingerprint(net), trained_with=meta.get('loss'))
 
@@ -169,8 +183,8 @@ try:
         if path != 'teacher':
             models.read(path)
     named = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and k in (
-        'inner', 'init', 'attack_bn', 'step_schedule', 'eps_ramp', 'free', 'recipe', 'activation', 'awp',
-        'ema', 'swa', 'warm_start', 'targets', 'dual_bn', 'bn_order', 'extra')}
+        'inner', 'init', 'steps', 'attack_bn', 'step_schedule', 'eps_ramp', 'free', 'recipe', 'activation',
+        'awp', 'ema', 'swa', 'warm_start', 'targets', 'smoothing', 'dual_bn', 'bn_order', 'extra')}
     tags = [f'{k}{v:.4g}' for k, v in hp.items() if v]
     tags += [k if v is True else f'{k}{os.path.basename(str(v))}' for k, v in named.items()]
     task = data.task(args)
@@ -181,8 +195,8 @@ try:
     mean, std = d.statistics() if args.normalize else (None, None)
     torch.manual_seed(args.seed)
     student = models.build(args.model, d.classes, mean=mean, std=std, **options)
-    guide = models.build(args.model, d.classes, mean=mean, std=std, width=args.width) \
-        if 'guide_logits' in asked else None
+    guide = models.build(args.model, d.classes, mean=mean, std=std, width=args.width,
+                         activation=args.activation) if 'guide_logits' in asked else None
     if wants_teacher or labels_extra:
         args.teacher = args.teacher or standard_teacher()
         teacher, about['teacher'] = frozen(args.teacher)
@@ -195,8 +209,10 @@ try:
         weights = source.state_dict()           # an auxiliary BN without weights starts as its twin
         weights.update({k: weights[k.replace('.aux.', '.')] for k in student.state_dict()
                         if '.aux.' in k and k not in weights and k.replace('.aux.', '.') in weights})
-        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in student.state_dict().items()}:
-            raise ValueError(f'--warm-start: {path} is another network than the student')
+        if ({k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in student.state_dict().items()}
+                or (source.config['mean'], source.config['std']) != (mean, std)):
+            raise ValueError(f'--warm-start: {path} is another network than the student, '
+                             'or normalises its images otherwise')
         student.load_state_dict(weights)
 except ValueError as e:
     parser.error(e)
@@ -252,17 +268,18 @@ def craft(x, y):
                 t_logits_adv=lambda x_adv: logits_of(teacher, x_adv))
     names = needs(method.inner)
     with attack_mode(student, bn=args.attack_bn), branch(student, args.craft_branch):
-        with torch.no_grad():
+        with torch.no_grad(), branch(student, 'main'):
             fixed = {k: once[k]() for k in names if k in once}
         climb = lambda x_adv: scale * method.inner(**fixed, **{k: live[k](x_adv) for k in names if k in live})
         return pgd(climb, x, eps=eps, step_size=step_sizes(step_size, args.steps, args.step_schedule),
                    steps=args.steps, init=args.init, norm=args.norm)
 
-def loss_on(x, x_adv, y):
+def loss_on(x, x_adv, y, look_ahead=False):
     """method.loss, (B,). Every name a loss may ask for is here; those it asks for are computed, in the order
-    it asks."""
+    it asks. look_ahead: leave no trace, in BN statistics or otherwise."""
     def on(x, kind):            # 'nat' goes through the main BN; 'adv' through the auxiliary one, if any
-        still = contextlib.nullcontext() if kind in args.bn_order else frozen_statistics(student)
+        moves = kind in args.bn_order and not look_ahead
+        still = contextlib.nullcontext() if moves else frozen_statistics(student)
         with still, branch(student, 'aux' if kind == 'adv' else 'main'):
             return logits_of(student, x)
     frozen = torch.no_grad()(logits_of)
@@ -282,7 +299,7 @@ def loss_on(x, x_adv, y):
     if args.bn_order == 'adv-nat':
         names = sorted(names, key=lambda name: name == 'logits')
     values = {k: forward[k]() for k in names}
-    if 'class_p' in names:      # for the next epoch
+    if 'class_p' in names and not look_ahead:           # for the next epoch
         class_sum.index_add_(0, y, (values['logits'].detach() / hp['T']).softmax(1))
     return method.loss(**values, **hp)
 
@@ -293,9 +310,9 @@ def update(x, y):
     x_adv = craft(x, y)
     perturbed = contextlib.nullcontext()
     if args.awp and progress >= args.awp_warmup:
-        def objective():        # a look ahead, of which the BN statistics shall not know
-            with frozen_statistics(student, *filter(None, [guide])):
-                return scale * loss_on(x, x_adv.detach(), y).mean()
+        def objective():
+            with frozen_statistics(guide) if guide else contextlib.nullcontext():
+                return scale * loss_on(x, x_adv.detach(), y, look_ahead=True).mean()
         perturbed = weights_perturbed(student, objective, gamma=args.awp)
     with perturbed:
         loss = loss_on(x, x_adv, y).mean()
@@ -329,13 +346,14 @@ def epoch_batches():
                 y_extra = logits_of(teacher, x_extra).argmax(1)
         yield torch.cat([x, x_extra]), torch.cat([y, y_extra])
 
-def validate(model, n=None):
+def validate(model, n=None, bn=None):
     """
     Clean and PGD-20 accuracy in percent on (the first n of) the held-out training images, and the mean clean
-    CE; eager and without autocast, which starves the attack on a confident network of gradients.
+    CE, through the BN branch bn; eager and without autocast, which starves the attack on a confident network
+    of gradients.
     """
     hits = torch.zeros(3, device=device)
-    with attack_mode(model), branch(model, args.eval_branch):
+    with attack_mode(model), branch(model, bn):
         for x, y in data.batches(d.x_val[:n], d.y_val[:n], 500):
             ce = lambda x: F.cross_entropy(model(x), y, reduction='none')
             x_adv = pgd(ce, x, eps=args.eps / 255, step_size=args.eps / 4 / 255, steps=20, norm=args.norm)
@@ -363,8 +381,10 @@ epoch, steps_done, best, started = 0, 0, -1.0, time.perf_counter()
 try:
     table = Table(args.out, config, epoch='d', lr='.4f', loss='.4f', val_clean='.2f', val_pgd20='.2f',
                   img_per_s='.0f', min_left='.1f')
-    print(f'eps {args.eps:g}/255 = {args.eps / 255:.5f}, step {args.step_size:g}/255, PGD-{args.steps}; '
-          f'{len(d.y_train)} images, {len(d.y_val)} more held out')
+    attack = ('no attack' if method.inner is None else f'free, {args.free} updates per batch' if args.free
+              else f'PGD-{args.steps}, step {args.step_size:g}/255')
+    print(f'eps {args.eps:g}/255 = {args.eps / 255:.5f}; {attack}; {len(d.y_train)} images, '
+          f'{len(d.y_val)} more held out')
     if extra is not None:
         print(f'{len(extra)} more from {args.extra}, {n_extra} in every {args.batch_size}; their labels: '
               + (f"the teacher's, {args.teacher}" if labels_extra else f'--loss {args.loss} asks for none'))
@@ -392,7 +412,7 @@ try:
                                  torch.Generator(device).manual_seed(epoch))
             update_bn(again, averaged)              # the statistics of its own activations, on clean images
         model = averaged if args.ema or averages else student               # what is judged and kept
-        clean, robust, val_loss = validate(model)
+        clean, robust, val_loss = validate(model, bn=args.eval_branch)
         check_finite(step_losses, val_loss, epoch)
         table.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=step_losses.mean().item(), val_clean=clean,
                   val_pgd20=robust, img_per_s=img_per_s,

@@ -32,7 +32,7 @@ def test_bf16_points_the_same_way(teacher, tmp_path):
     assert 0 < abs(loss - loss2) <= 0.05 * loss
     assert torch.cosine_similarity(grad, grad2, dim=0) > 0.9          # BN over six images amplifies rounding
     assert x_adv.dtype == x_adv2.dtype == torch.float32
-    assert (x_adv2 - X).abs().max() <= 8.001 / 255          # the two differ: 0.001 randn is below bf16's spacing
+    assert (x_adv2 - X).abs().max() <= 8.001 / 255      # the two differ: 0.001 randn is below bf16's spacing
 
 @pytest.mark.parametrize('flags', ['--model mobilenetv2', '--model preactresnet18 --normalize',
                                    '--model wrn-10-1', '--norm L2', '--attack-bn train', '--init uniform'])
