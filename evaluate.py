@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from pyautoattack import AutoAttack
 from tqdm import tqdm
 
-import attacks, data, models
+import attacks, checkpoint, data, models
 from attacks import attack_mode, cw_margin, fgsm, pgd
+from checkpoint import fingerprint, load_checkpoint
 from log import atomic, environment
-from models import branch, fingerprint, load_checkpoint
+from models import branch
 
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']        # of AutoAttack standard, in its order
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
@@ -71,8 +72,8 @@ try:
     for flag in ('steps', 'restarts', 'batch_size'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: at least 1')
-    ckpt = models.read(args.checkpoint)
-    ours = models.is_ours(ckpt)
+    ckpt = checkpoint.read(args.checkpoint)
+    ours = checkpoint.is_ours(ckpt)
     if ours and (args.model or args.width or args.mean):
         raise ValueError(f'{args.checkpoint} says itself what it is: drop --model, --width, --mean and --std')
     if (args.mean is None) != (args.std is None):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attacks, data, losses, models
+import attacks, checkpoint, data, losses, models
 from losses import METHODS, hparams, needs
 
 HERE = pathlib.Path(__file__).parent
@@ -159,7 +159,7 @@ def test_clean_branch_of_trades_is_not_detached():
     assert (with_kl - without).abs().max() > 1e-3
 
 def test_options_of_losses_do_what_they_say():
-    i, kl, mse, ce = inputs(), losses.kl, losses.mse, losses.ce
+    i, kl, ce = inputs(), losses.kl, losses.ce
     z, z_adv, v, y = i['logits'], i['logits_adv'], i['t_logits'], i['y']
     same = lambda a, b: torch.allclose(a, b, rtol=1e-12)
     assert same(call(losses.iad1, dict(i, progress=0.1)), kl(z_adv, v))
@@ -337,17 +337,17 @@ def test_narrow_models_run_with_a_small_image_stem(name):
 def test_autoattacks_example_checkpoint_loads_unchanged():
     import pyautoattack
     path = pathlib.Path(pyautoattack.__file__).parent / 'examples/model_test.pt'
-    net, meta = models.load_checkpoint(path, 'resnet18', 10)
+    net, meta = checkpoint.load_checkpoint(path, 'resnet18', 10)
     assert meta == {} and not net.training
 
 def test_checkpoint_round_trip_and_prefixes(tmp_path, net):
-    models.save_checkpoint(tmp_path / 'a.pt', net, dataset='synthetic')
-    again, meta = models.load_checkpoint(tmp_path / 'a.pt')
-    assert models.fingerprint(again) == models.fingerprint(net) and meta['dataset'] == 'synthetic'
+    checkpoint.save_checkpoint(tmp_path / 'a.pt', net, dataset='synthetic')
+    again, meta = checkpoint.load_checkpoint(tmp_path / 'a.pt')
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(net) and meta['dataset'] == 'synthetic'
     torch.save({'model_state_dict': {f'module._orig_mod.{k}': v for k, v in net.state_dict().items()}},
                tmp_path / 'b.pt')
-    again, meta = models.load_checkpoint(tmp_path / 'b.pt', 'resnet18', 10, width=4)
-    assert models.fingerprint(again) == models.fingerprint(net) and meta == {}
+    again, meta = checkpoint.load_checkpoint(tmp_path / 'b.pt', 'resnet18', 10, width=4)
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(net) and meta == {}
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith('.tmp')] == []
 
 # -----------------------------------------------------------------------------
@@ -381,15 +381,15 @@ def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
     assert log[0]['loss'] == loss and log[0]['torch'] == str(torch.__version__)
     assert math.isfinite(log[1]['loss']) and len(log) == 2
     for name in ('best.pt', 'last.pt'):
-        net, meta = models.load_checkpoint(tmp_path / name)
+        net, meta = checkpoint.load_checkpoint(tmp_path / name)
         assert meta['loss'] == loss and meta['hparams'] == hparams(METHODS[loss].loss) and meta['eps'] == 8
     torch.manual_seed(0)
     start = models.build('resnet18', 10, width=4)
-    assert models.fingerprint(net) != models.fingerprint(start)         # the student moved
+    assert checkpoint.fingerprint(net) != checkpoint.fingerprint(start)         # the student moved
     if script['teacher'] is not None:
         assert all(p.grad is None and not p.requires_grad for p in script['teacher'].parameters())
-        assert (models.fingerprint(script['teacher']) == meta['teacher']['fingerprint']
-                == models.fingerprint(models.load_checkpoint(teacher)[0]))
+        assert (checkpoint.fingerprint(script['teacher']) == meta['teacher']['fingerprint']
+                == checkpoint.fingerprint(checkpoint.load_checkpoint(teacher)[0]))
         assert teacher.read_bytes() == before
     assert all(p.grad is None for p in script['student'].parameters())
     assert script['student'].conv1.weight.requires_grad
@@ -398,13 +398,13 @@ def test_best_is_selected_by_pgd_or_for_standard_training_by_clean_accuracy(tmp_
     for loss, figure in (('standard', 'val_clean'), ('pgd_at', 'val_pgd20')):
         run('train_adv.py', '--loss', loss, *TINY, '--epochs', 3, '--steps', 1, '--out', tmp_path / loss)
         rows = [json.loads(line) for line in (tmp_path / loss / 'log.jsonl').read_text().splitlines()][1:]
-        _, meta = models.load_checkpoint(tmp_path / loss / 'best.pt')
+        _, meta = checkpoint.load_checkpoint(tmp_path / loss / 'best.pt')
         assert meta[figure] == max(row[figure] for row in rows) == rows[meta['epoch'] - 1][figure]
-        assert models.load_checkpoint(tmp_path / loss / 'last.pt')[1]['epoch'] == 3
+        assert checkpoint.load_checkpoint(tmp_path / loss / 'last.pt')[1]['epoch'] == 3
 
 def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys):
-    script = run('evaluate.py', teacher, '--n', 40, '--eps', 64, '--attacks', 'fgsm', 'pgd', 'cw',
-                 '--out', tmp_path / 'e.json')
+    run('evaluate.py', teacher, '--n', 40, '--eps', 64, '--attacks', 'fgsm', 'pgd', 'cw',
+        '--out', tmp_path / 'e.json')
     report, screen = json.loads((tmp_path / 'e.json').read_text()), capsys.readouterr().out
     results = report['results']
     assert list(results) == ['clean', 'fgsm', 'pgd-20', 'cw-20', 'all of the above'] and report['complete']
@@ -412,7 +412,7 @@ def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys)
         assert re.search(rf'^{re.escape(name)} +{r["accuracy"]:.2f} ', screen, re.M) and r['n'] == 40
         assert r['max_perturbation'] is None or 32 < r['max_perturbation'] <= 64.01
         assert r['class_std'] == pytest.approx(np.std(list(r['per_class'].values())))
-    net, d = models.load_checkpoint(teacher)[0], data.load('synthetic')
+    net, d = checkpoint.load_checkpoint(teacher)[0], data.load('synthetic')
     clean = (net(data.to_float(d.x_test[:40])).argmax(1) == d.y_test[:40]).float().mean().item()
     assert results['clean']['accuracy'] == pytest.approx(100 * clean) and clean > 0.2
     assert (results['all of the above']['accuracy'] <= results['pgd-20']['accuracy']
@@ -433,9 +433,9 @@ def test_readme_example_runs():
         net = models.build('resnet18', 10, width=4)
         teacher = models.build('resnet18', 10, width=4).eval().requires_grad_(False)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-        before = models.fingerprint(net)
+        before = checkpoint.fingerprint(net)
         exec(code, dict(model=net, teacher=teacher, optimizer=optimizer, loader=[(X, Y)]))
-        assert models.fingerprint(net) != before and all(p.grad is None for p in teacher.parameters())
+        assert checkpoint.fingerprint(net) != before and all(p.grad is None for p in teacher.parameters())
 
 def test_readme_recipe_for_a_loss_of_your_own(tmp_path):
     """Pasted where its comments say, the new loss trains and its flag exists."""

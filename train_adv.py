@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import attacks, data, losses, models
+import attacks, checkpoint, data, losses, models
 from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
+from checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from log import Table, check_finite, environment, new_run
 from losses import TARGETS, Softened, hparams, needs
-from models import amp_dtype, branch, fingerprint, load_checkpoint, save_checkpoint
+from models import amp_dtype, branch
 
 # -----------------------------------------------------------------------------
 # arguments: each module owns the flags it reads
@@ -181,9 +182,9 @@ try:
         models.build(args.model, 10, **options)
     for path in filter(None, (args.teacher, args.standard_teacher, args.warm_start)):
         if path != 'teacher':
-            models.read(path)
+            checkpoint.read(path)
     named = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and k in (
-        'inner', 'init', 'steps', 'attack_bn', 'step_schedule', 'eps_ramp', 'free', 'recipe', 'activation',
+        'inner', 'init', 'attack_bn', 'step_schedule', 'eps_ramp', 'free', 'recipe', 'activation',
         'awp', 'ema', 'swa', 'warm_start', 'targets', 'smoothing', 'dual_bn', 'bn_order', 'extra')}
     tags = [f'{k}{v:.4g}' for k, v in hp.items() if v]
     tags += [k if v is True else f'{k}{os.path.basename(str(v))}' for k, v in named.items()]

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data, models
+from checkpoint import save_checkpoint
 from log import Table, check_finite, environment, new_run
-from models import amp_dtype, save_checkpoint
+from models import amp_dtype
 
 # -----------------------------------------------------------------------------
 # arguments

@@ -3,13 +3,13 @@ import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack
 
-import attacks, data, models
+import attacks, checkpoint, data
 from test_smoke import run
 
 def test_image_by_image(tmp_path):
     run('train_adv.py', '--loss', 'pgd_at', '--dataset', 'synthetic', '--width', '4', '--steps', '2',
         '--out', tmp_path)
-    model, _ = models.load_checkpoint(tmp_path / 'best.pt')
+    model, _ = checkpoint.load_checkpoint(tmp_path / 'best.pt')
     d = data.load('synthetic')
     x, y = data.to_float(d.x_test[:8]), d.y_test[:8]
     ce = lambda x: F.cross_entropy(model(x), y, reduction='none')

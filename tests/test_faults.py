@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data, losses, models
+import checkpoint, data, losses, models
 from test_smoke import TINY, run
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -28,13 +28,14 @@ def test_a_full_disk(tmp_path):
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     net = models.build('resnet18', 10, width=4)
-    models.save_checkpoint(tmp_path / 'a.pt', net, epoch=1)
+    checkpoint.save_checkpoint(tmp_path / 'a.pt', net, epoch=1)
     class Unsavable:
         def __reduce__(self):
             raise OSError(28, 'No space left on device')
     with pytest.raises(OSError):
-        models.save_checkpoint(tmp_path / 'a.pt', net, epoch=2, x=Unsavable())
-    assert models.load_checkpoint(tmp_path / 'a.pt')[1]['epoch'] == 1 and len(list(tmp_path.iterdir())) == 1
+        checkpoint.save_checkpoint(tmp_path / 'a.pt', net, epoch=2, x=Unsavable())
+    assert checkpoint.load_checkpoint(tmp_path / 'a.pt')[1]['epoch'] == 1
+    assert len(list(tmp_path.iterdir())) == 1
 
 def test_ctrl_c(tmp_path):
     process = subprocess.Popen([*COMMAND, str(tmp_path)], stdout=subprocess.DEVNULL,
@@ -43,10 +44,10 @@ def test_ctrl_c(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1 and 'Traceback' not in err and 'stopped in epoch' in err
-    models.load_checkpoint(tmp_path / 'last.pt')
+    checkpoint.load_checkpoint(tmp_path / 'last.pt')
 
 def test_a_second_run_does_not_overwrite_the_first(tmp_path):
-    models.save_checkpoint(tmp_path / 'last.pt', models.build('resnet18', 10, width=4))
+    checkpoint.save_checkpoint(tmp_path / 'last.pt', models.build('resnet18', 10, width=4))
     done = subprocess.run([*COMMAND, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and 'holds a trained model already' in done.stderr
 
@@ -94,4 +95,4 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(script, tmp_
     with pytest.raises(SystemExit) as e:
         run(script, *flags)
     assert 'non-finite loss in epoch 3, batch 2' in str(e.value) and '\n' not in str(e.value)
-    assert models.load_checkpoint(tmp_path / 'last.pt')[1]['epoch'] == 2
+    assert checkpoint.load_checkpoint(tmp_path / 'last.pt')[1]['epoch'] == 2

@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-import models
+import checkpoint, models
 from test_smoke import TINY, run, teacher                       # teacher: a fixture
 
 def test_half_a_teacher_is_not_taken(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = 'runs/synthetic-resnet18-w4-n64-teacher'
-    models.save_checkpoint(f'{folder}/last.pt', models.build('resnet18', 10, width=4),
+    checkpoint.save_checkpoint(f'{folder}/last.pt', models.build('resnet18', 10, width=4),
                            dataset='synthetic', epoch=3, run=dict(epochs=9))
     with pytest.raises(SystemExit):
         run('train_adv.py', *TINY, '--out', tmp_path / 'out')
@@ -90,12 +90,12 @@ def broken(tmp_path_factory, teacher):
     (tmp / 'truncated.pt').write_bytes(teacher.read_bytes()[:5000])
     torch.save([1, 2], tmp / 'list.pt')
     torch.save(dict(state_dict={}, args=types.SimpleNamespace()), tmp / 'object.pt')
-    torch.save(models.load_checkpoint(teacher)[0].state_dict(), tmp / 'bare.pt')
+    torch.save(checkpoint.load_checkpoint(teacher)[0].state_dict(), tmp / 'bare.pt')
     np.savez(tmp / 'labels.npz', y=np.zeros(3))
     np.savez(tmp / 'floats.npz', x=np.zeros((3, 32, 32, 3)))
     np.save(tmp / 'small.npy', np.zeros((3, 8, 8, 3), np.uint8))
-    models.save_checkpoint(tmp / 'ten.pt', models.build('resnet18', 10, width=4), dataset='synthetic')
-    models.save_checkpoint(tmp / 'classes.pt', models.build('resnet18', 7, width=4), dataset='synthetic')
+    checkpoint.save_checkpoint(tmp / 'ten.pt', models.build('resnet18', 10, width=4), dataset='synthetic')
+    checkpoint.save_checkpoint(tmp / 'classes.pt', models.build('resnet18', 7, width=4), dataset='synthetic')
     return tmp
 
 @pytest.mark.parametrize('script, argv, says', BAD, ids=lambda v: v[:40])

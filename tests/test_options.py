@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attacks, data, losses, models
+import attacks, checkpoint, data, losses, models
 from losses import METHODS
 from test_smoke import TINY, X, Y, net, run, teacher            # net, teacher: fixtures
 
@@ -54,7 +54,7 @@ def test_awp_changes_the_update_and_leaves_the_statistics_to_the_real_forwards(t
 def test_ema_averages_weights_and_statistics_and_is_what_is_kept(tmp_path):
     script = train(tmp_path, '--ema', 0.9)
     before, student = state(script['averaged']), state(script['student'])
-    kept = models.load_checkpoint(tmp_path / 'last.pt')[0].state_dict()
+    kept = checkpoint.load_checkpoint(tmp_path / 'last.pt')[0].state_dict()
     assert all(torch.equal(v, kept[k]) for k, v in before.items())
     assert not torch.equal(before['bn1.running_mean'], student['bn1.running_mean'])
     one = train(tmp_path / 'one', '--ema', 0.9, '--subset', 32)     # a single step: decay (1 + 1) / (10 + 1)
@@ -75,7 +75,7 @@ def test_swa_is_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path, monk
     monkeypatch.setattr(torch.optim.swa_utils, 'update_bn', spy)
     script = train(tmp_path, '--swa', 0.4, epochs=2)                    # after both epochs
     first, student = seen[0], script['student'].state_dict()
-    net, _ = models.load_checkpoint(tmp_path / 'last.pt')
+    net, _ = checkpoint.load_checkpoint(tmp_path / 'last.pt')
     for k, p in net.named_parameters():
         assert torch.allclose(p, (first[k] + student[k]) / 2, atol=1e-6)
     d, order = script['d'], torch.Generator().manual_seed(2)
@@ -124,7 +124,7 @@ def test_both_branches_can_be_evaluated(tmp_path):
     train(tmp_path, loss='advprop', epochs=2)
     reports = {b: run('evaluate.py', tmp_path / 'last.pt', '--branch', b, '--n', 64, '--attacks', 'clean')
                for b in ('main', 'aux')}
-    net, _ = models.load_checkpoint(tmp_path / 'last.pt')
+    net, _ = checkpoint.load_checkpoint(tmp_path / 'last.pt')
     x = data.to_float(data.load('synthetic').x_test[:64])
     logits = {}
     for b, script in reports.items():
@@ -168,7 +168,7 @@ def test_the_activation_reaches_every_nonlinearity(model):
     grads = [torch.autograd.grad(net(x).square().sum(), x)[0] for net in (relu, hybrid)]
     assert torch.equal(relu(X), hybrid(X)) and not torch.allclose(relu(X), silu(X))
     assert not torch.allclose(*grads)
-    assert models.fingerprint(relu) != models.fingerprint(hybrid)
+    assert checkpoint.fingerprint(relu) != checkpoint.fingerprint(hybrid)
     assert not any(m.act is F.relu for m in hybrid.modules() if isinstance(m, models.Net))
 
 def test_a_hybrid_is_attacked_with_both_gradients(tmp_path):
@@ -215,7 +215,7 @@ def test_inner_changes_what_the_attack_climbs_and_where_it_starts(tmp_path):
 # where training starts, and from what
 
 def test_a_warm_start_starts_from_the_teacher(teacher, tmp_path):
-    weights = models.load_checkpoint(teacher)[0].state_dict()
+    weights = checkpoint.load_checkpoint(teacher)[0].state_dict()
     for i, flags in enumerate([('--warm-start', 'teacher', '--teacher', teacher, '--loss', 'logit_mse'),
                                ('--warm-start', teacher, '--loss', 'advprop')]):
         student = train(tmp_path / str(i), '--lr', 0, *flags)['student']
@@ -297,8 +297,8 @@ def test_dkl_gets_the_class_means_of_the_epoch_before(tmp_path):
 def test_the_guide_of_lbgat_learns_and_is_not_the_student(tmp_path):
     script = train(tmp_path, loss='lbgat')
     guide, student = script['guide'], script['student']
-    kept, _ = models.load_checkpoint(tmp_path / 'last.pt')
-    assert models.fingerprint(kept) == models.fingerprint(student) != models.fingerprint(guide)
+    kept, _ = checkpoint.load_checkpoint(tmp_path / 'last.pt')
+    assert checkpoint.fingerprint(kept) == checkpoint.fingerprint(student) != checkpoint.fingerprint(guide)
     ours = {id(p) for group in script['optimizer'].param_groups for p in group['params']}
     assert {id(p) for p in guide.parameters()} <= ours and guide.bn1.num_batches_tracked == 2
 

@@ -3,7 +3,7 @@ through the command line."""
 import pytest
 import torch
 
-import models
+import checkpoint, models
 from test_smoke import TINY, X, Y, run
 
 @pytest.fixture(scope='module')
@@ -40,7 +40,7 @@ def test_other_settings_train_and_evaluate(flags, teacher, tmp_path):
     run('train_adv.py', '--loss', 'logit_mse', '--teacher', teacher, *TINY, *flags.split(), '--epochs', 1,
         '--steps', 2, '--out', tmp_path)
     script = run('evaluate.py', tmp_path / 'best.pt', '--n', 4, '--attacks', 'pgd')
-    net, meta = models.load_checkpoint(tmp_path / 'last.pt')
+    net, meta = checkpoint.load_checkpoint(tmp_path / 'last.pt')
     assert meta['norm'] == ('L2' if 'L2' in flags else 'Linf')
     assert (net.config['mean'] is not None) == ('--normalize' in flags)
     assert script['args'].norm == meta['norm'] and script['args'].eps == (128 if 'L2' in flags else 8)
@@ -51,5 +51,5 @@ def test_seeded_runs_are_equal_and_seeds_differ(teacher, tmp_path):
     for i, seed in enumerate((0, 0, 1)):
         run('train_adv.py', '--loss', 'trades', *TINY, '--epochs', 1, '--steps', 2, '--seed', seed,
             '--out', tmp_path / str(i))
-        weights.append(models.fingerprint(models.load_checkpoint(tmp_path / str(i) / 'last.pt')[0]))
+        weights.append(checkpoint.fingerprint(checkpoint.load_checkpoint(tmp_path / str(i) / 'last.pt')[0]))
     assert weights[0] == weights[1] != weights[2]

@@ -1,0 +1,86 @@
+"""
+Checkpoints: what build() needs to make the network again, its weights, and what is known of it.
+
+    net, meta = load_checkpoint('runs/x/best.pt')                # ours: the file says what to build
+    net, meta = load_checkpoint('other.pt', 'resnet18', 10)      # somebody else's: a bare state dict
+"""
+import hashlib, re
+
+import torch
+
+from log import atomic
+from models import build
+
+def fingerprint(net):
+    """sha256 of weights, normalisation and activation, 16 hex digits: the same function, the same
+    fingerprint."""
+    digest = hashlib.sha256()
+    if net.config['mean']:
+        digest.update(repr((net.config['mean'], net.config['std'])).encode())
+    if net.config['activation'] != 'relu':
+        digest.update(net.config['activation'].encode())
+    for name, tensor in net.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+def save_checkpoint(path, net, **meta):
+    """The plain module's weights, what build() needs to make it again, and whatever the caller
+    adds. Atomic. Raises OSError."""
+    with atomic(path) as tmp:
+        try:
+            torch.save({'state_dict': net.state_dict(), 'config': net.config, **meta}, tmp)
+        except RuntimeError as e:           # torch.save's word for a full disk
+            raise OSError(str(e)) from e
+
+def read(path):
+    """What torch.save wrote to path, on the CPU.
+    Raises ValueError for anything else, one line that says what it is."""
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(64).lstrip()
+    except OSError as e:
+        raise ValueError(f'cannot read {path}: {e.strerror}') from e
+    if head.startswith(b'<'):
+        raise ValueError(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:                  # zip, pickle, EOF, EINVAL: whatever a truncated or foreign file
+        if 'Unsupported' in str(e):         # provokes in torch.load
+            raise ValueError(f'{path} holds Python objects beside tensors and is not unpickled: '
+                             'save its state dict alone') from e
+        raise ValueError(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
+
+def is_ours(ckpt):
+    """Written by save_checkpoint: it says what to build."""
+    config = isinstance(ckpt, dict) and ckpt.get('config')
+    return isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
+
+def load_checkpoint(path, name=None, num_classes=None, **options):
+    """-> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state
+    dict, bare or under one of the usual keys, and needs build()'s arguments; its meta is {}. Always strict.
+    Raises ValueError, one line."""
+    ckpt = read(path)
+    if not isinstance(ckpt, dict):
+        raise ValueError(f'{path} holds a {type(ckpt).__name__}, not a state dict')
+    config = ckpt['config'] if is_ours(ckpt) else None
+    weights = next((ckpt[k] for k in ('state_dict', 'model_state_dict', 'model', 'net')
+                    if isinstance(ckpt.get(k), dict)), ckpt)
+    weights = {re.sub(r'^((module|_orig_mod)\.)+', '', str(k)): v for k, v in weights.items()
+               if 'sub_block1.' not in str(k)}        # the TRADES code builds this block and never calls it
+    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise ValueError(f'{path} is a PyTorch file but no state dict')
+    if config is None:
+        if name is None:
+            raise ValueError(f'{path} holds weights only: name their architecture with --model (and --width)')
+        config = dict(name=name, num_classes=num_classes, **options)
+    net = build(**config)
+    expected = net.state_dict()
+    wrong = ([f'no {k}' for k in expected if k not in weights]
+             + [f'unknown {k}' for k in weights if k not in expected])
+    wrong += [f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}' for k, v in expected.items()
+              if k in weights and weights[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
+                         f'{len(wrong)} entries differ, the first: {wrong[0]}')
+    net.load_state_dict(weights)
+    return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if is_ours(ckpt) else {}
