@@ -9,7 +9,7 @@ DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels
 data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes with
 scikit-learn, synthetic is generated.
 """
-import os, zipfile
+import argparse, os, zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -144,6 +144,17 @@ def row(name, folder='data'):
         raise ValueError(f'unknown dataset {name!r}: neither one of {" ".join(DATASETS)} '
                          f'nor a file {os.path.join(folder, name)}.npz')
     return DATASETS.get(name, OTHER)
+
+def row_asked_for(parser):
+    """row() of the command line, read before the rest of it because it sets defaults."""
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.error = parser.error
+    add_args(known)
+    args = known.parse_known_args()[0]
+    try:
+        return row(args.dataset, args.data_dir)
+    except ValueError as e:
+        parser.error(e)
 
 def load(name, folder='data', *, subset=None, device='cpu'):
     """

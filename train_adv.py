@@ -67,14 +67,7 @@ g.add_argument('--bn-order', default='nat-adv', choices=['nat-adv', 'adv-nat', '
                help='order of the forwards of x and x_adv; nat, adv: only that one moves the BN statistics')
 g.add_argument('--extra', metavar='NPZ', help='images without labels')
 g.add_argument('--extra-fraction', type=float, default=0.5, metavar='F', help='of every batch')
-first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-first.error = parser.error
-data.add_args(first)
-first = first.parse_known_args()[0]
-try:
-    defaults = data.row(first.dataset, first.data_dir)
-except ValueError as e:
-    parser.error(e)
+defaults = data.row_asked_for(parser)
 parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
 method = losses.add_args(parser)
 args, unknown = parser.parse_known_args()

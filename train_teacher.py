@@ -36,11 +36,7 @@ g.add_argument('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'],
                help='autocast; auto: bf16 where native')
 g.add_argument('--out', metavar='DIR',
                help='default: runs/DATASET-MODEL-teacher, where train_adv.py looks for it')
-try:
-    first = parser.parse_known_args()[0]
-    defaults = data.row(first.dataset, first.data_dir)
-except ValueError as e:
-    parser.error(e)
+defaults = data.row_asked_for(parser)
 parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size')},
                     epochs=defaults.get('teacher_epochs', 100))
 args = parser.parse_args()
