@@ -4,14 +4,15 @@ Clean and robust accuracy of a checkpoint on the test set: a table, and one JSON
 $ python evaluate.py runs/cifar10-resnet18-logit_mse-beta0.2-s0/best.pt            # all, AutoAttack included
 $ python evaluate.py runs/digits-resnet18-w8-logit_mse-beta0.2-s0/best.pt --n 100  # the first 100 images
 $ python evaluate.py model_test.pt --model resnet18 --dataset cifar10              # somebody else's weights
+$ python evaluate.py runs/x/best.pt --shard 0/4                                    # one of four processes
 
 fp32 without TF32, eager, BN in eval mode. An image counts as robust if it is classified correctly as it is
 and after every attack of the row; those misclassified as they are are not attacked. AutoAttack is its
 authors' (Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
 Parameter-free Attacks"), version standard: its four attacks in turn, each on the images that are left,
-which is the published number.
+which is the published number. Killed, the same command continues, with the same result (resumable.py).
 """
-import argparse, json, logging, math, os, sys, time
+import argparse, hashlib, json, logging, math, os, re, sys, time
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,10 @@ from attacks import attack_mode, cw_margin, fgsm, pgd
 from checkpoint import fingerprint, load_checkpoint
 from log import atomic, environment
 from models import branch
+from resumable import Saved
 
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']        # of AutoAttack standard, in its order
+FAST = PARTS[:2]                                        # by them nearly every image falls that falls at all
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
 
 # -----------------------------------------------------------------------------
@@ -48,8 +51,8 @@ g.add_argument('--activation', choices=models.ACTIVATIONS,
                help="of foreign weights (default: relu), or another than the checkpoint's: relu attacks "
                     "a hybrid with ReLU's own gradients")
 g.add_argument('--attacks', nargs='+', default=DEFAULT,
-               choices=[*DEFAULT, *PARTS], metavar='NAME',
-               help=f'{" ".join(DEFAULT)}, or one of its parts alone on all images: {" ".join(PARTS)}')
+               choices=[*DEFAULT, 'aa-fast', *PARTS], metavar='NAME',
+               help=f'{" ".join(DEFAULT)}; aa-fast: its first two parts; or a part alone: {" ".join(PARTS)}')
 g.add_argument('--n', type=int, help='the first N test images (default: all)')
 g.add_argument('--steps', type=int, default=20, help='of pgd and cw')
 g.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
@@ -59,6 +62,8 @@ g.add_argument('--individual', action='store_true',
 g.add_argument('--batch-size', type=int, default=250 if torch.cuda.is_available() else 50,
                help='default: 250, on a CPU 50, which its cache holds; AutoAttack draws its noise per batch')
 g.add_argument('--seed', type=int, default=0)
+g.add_argument('--shard', default='0/1', metavar='I/N',
+               help='the I-th of N processes that evaluate together; they have to see one folder')
 g.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
 args = parser.parse_args()
 
@@ -72,6 +77,10 @@ try:
     for flag in ('steps', 'restarts', 'batch_size'):
         if getattr(args, flag) < 1:
             raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: at least 1')
+    shard = re.fullmatch(r'(\d+)/(\d+)', args.shard)
+    shard = shard and (int(shard[1]), int(shard[2]))
+    if not shard or shard[0] >= shard[1]:
+        raise ValueError(f'--shard {args.shard}: I/N with I from 0 to N-1')
     ckpt = checkpoint.read(args.checkpoint)
     ours = checkpoint.is_ours(ckpt)
     if ours and (args.model or args.width or args.mean):
@@ -114,15 +123,21 @@ try:
                             f'{args.norm}-{args.eps:g}-n{n}{tag}.json')
     if os.path.exists(args.out) and '"complete": false' not in open(args.out).read():
         raise ValueError(f'{args.out} is there already: choose another --out, or delete it')
-    # hours of AutoAttack end in this file: it has to be writable
-    with atomic(args.out) as tmp, open(tmp, 'w') as f:
-        f.write('{"complete": false}')
+    x_test, y_test = data.to_float(d.x_test[:n]), d.y_test[:n]
+    images = hashlib.sha256(d.x_test[:n].cpu().numpy().tobytes() + y_test.cpu().numpy().tobytes())
+    saved = Saved(f'{args.out}.state', dict(
+        {k: getattr(args, k) for k in ('norm', 'eps', 'step_size', 'steps', 'restarts', 'batch_size', 'seed',
+                                       'branch')},
+        weights=fingerprint(model), images=f'{n}: {images.hexdigest()[:16]}', precision='float32',
+        **dict(environment(device), device=device.type)), shard)
+    if saved.mine(0):           # hours of AutoAttack end in this file: it has to be writable
+        with atomic(args.out) as tmp, open(tmp, 'w') as f:
+            f.write('{"complete": false}')
 except ValueError as e:
     parser.error(e)
 except OSError as e:
     parser.error(f'cannot write {args.out}: {e.strerror}')
 model = model.to(device, memory_format=models.layout(device))
-x_test, y_test = data.to_float(d.x_test[:n]), d.y_test[:n]
 eps, step_size = args.eps / 255, args.step_size / 255
 
 # -----------------------------------------------------------------------------
@@ -153,11 +168,11 @@ def part(name):
 ATTACKS = dict(fgsm=lambda x, y: fgsm(ce(x, y), x, eps=eps, norm=args.norm),
                pgd=iterated(ce), cw=iterated(margin), **{name: part(name) for name in PARTS})
 
+warned = []
 class Warnings(logging.Handler):
     """AutoAttack's own warnings (randomised, zero gradients, Square wins) belong in the report."""
     def emit(self, record):
-        if record.getMessage() not in notes:
-            notes.append(record.getMessage())
+        warned.append(record.getMessage())
 logging.getLogger('auto-attack').addHandler(Warnings(logging.WARNING))
 logging.getLogger('auto-attack').propagate = False
 
@@ -167,23 +182,35 @@ def correct(x, y):
     return torch.cat([model(xb).argmax(1) == yb
                       for xb, yb in zip(x.split(args.batch_size), y.split(args.batch_size))])
 
+def attacked(name, x, y, seed):
+    """One batch -> which of it are still classified correctly, how far x went, what AutoAttack warned of."""
+    torch.manual_seed(seed)
+    warned.clear()
+    x_adv = ATTACKS[name](x, y)
+    delta = (x_adv - x).flatten(1)
+    moved = (delta.abs().amax() if args.norm == 'Linf' else delta.norm(dim=1).max()).item()
+    if not (moved <= eps * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
+        sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): '
+                 'its result is worth nothing')
+    return dict(robust=correct(x_adv, y), moved=moved, warned=list(warned))     # recounted, whatever it says
+
 def survivors(name, alive):
     """(n,) bool: which of the alive images withstand the attack; the others are not attacked.
     Also the largest step taken."""
     still, moved = alive.clone(), 0.0
-    for _ in range(args.restarts if name in ('pgd', 'cw') else 1):
+    for restart in range(args.restarts if name in ('pgd', 'cw') else 1):
         index = still.nonzero()[:, 0]
-        for i in tqdm(index.split(args.batch_size) if len(index) else [],
-                      desc=name, leave=False, disable=None):
-            x, y = x_test[i], y_test[i]
-            x_adv = ATTACKS[name](x, y)
-            delta = (x_adv - x).flatten(1)
-            moved = max(moved, (delta.abs().amax() if args.norm == 'Linf' else
-                                delta.norm(dim=1).max()).item())
-            if not (moved <= eps * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
-                sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): '
-                         'its result is worth nothing')
-            still[i] = correct(x_adv, y)                # recounted here, whatever the attack says
+        batches = index.split(args.batch_size) if len(index) else []
+        keys = [f'{name}-{restart}-{k}-{hashlib.sha256(i.cpu().numpy().tobytes()).hexdigest()[:12]}'
+                for k, i in enumerate(batches)]
+        for k, i in enumerate(tqdm(batches, desc=name, leave=False, disable=None)):
+            if saved.mine(k):
+                seed = args.seed + 1000 * restart + k
+                saved.compute(keys[k], lambda: attacked(name, x_test[i], y_test[i], seed))
+        for k, i in enumerate(batches):
+            batch = saved.read(keys[k])
+            still[i], moved = batch['robust'].to(device), max(moved, batch['moved'])
+            notes.extend(note for note in batch['warned'] if note not in notes)
     return still, moved
 
 # -----------------------------------------------------------------------------
@@ -206,8 +233,9 @@ def save(complete):
                   images=f'first {n} of {len(d.y_test)} test images', norm=args.norm, eps=eps,
                   eps_pixels=args.eps, results=results, notes=notes, complete=complete, args=vars(args),
                   precision='float32', **environment(device))
-    with atomic(args.out) as tmp, open(tmp, 'w') as f:
-        json.dump(report, f, indent=1)
+    if saved.mine(0):                                   # of several processes, one reports
+        with atomic(args.out) as tmp, open(tmp, 'w') as f:
+            json.dump(report, f, indent=1)
 
 def report(row, mask, seconds, moved=None):
     """One line on the screen; the file holds everything so far."""
@@ -218,21 +246,21 @@ def report(row, mask, seconds, moved=None):
           flush=True)
     save(complete=False)
 
-def autoattack(clean):
+def autoattack(clean, parts=PARTS, row='autoattack (worst case)'):
     """The standard version, part by part on the images left; with --individual also each
     part on all. (n,) bool."""
     alive, before, after = clean, {}, {}
     t0 = time.perf_counter()
-    for name in PARTS:
+    for name in parts:
         t1, before[name] = time.perf_counter(), alive
         alive, moved = survivors(name, alive)
         after[name] = alive
         report(f'  autoattack, after {name}', alive, time.perf_counter() - t1, moved)
-    broken = int((before['square'] & ~alive).sum())
+    broken = int((before['square'] & ~alive).sum()) if 'square' in parts else 0
     if broken > 0.002 * n:                      # the authors' own check, which needs all parts in one call
         notes.append(f'Square broke {broken} images that had withstood the gradients: is something masked?')
-    report('autoattack (worst case)', alive, time.perf_counter() - t0)
-    for name in PARTS if args.individual else ():
+    report(row, alive, time.perf_counter() - t0)
+    for name in parts if args.individual else ():
         t1 = time.perf_counter()
         rest, moved = survivors(name, clean & ~before[name])
         report(f'  {name} alone', rest | after[name], time.perf_counter() - t1, moved)
@@ -259,8 +287,9 @@ try:
         for name in args.attacks:
             t0 = time.perf_counter()
             if name == 'autoattack':
-                robust = autoattack(clean)
-                worst = worst & robust
+                worst = worst & autoattack(clean)
+            elif name == 'aa-fast':
+                worst = worst & autoattack(clean, FAST, 'aa-fast (two of the four attacks)')
             elif name != 'clean':
                 mask, moved = survivors(name, clean)
                 report(f'{name}-{args.steps}' if name in ('pgd', 'cw') else name, mask,
@@ -269,7 +298,7 @@ try:
         if len(args.attacks) > 2:
             report('all of the above', worst, time.perf_counter() - started)
 except KeyboardInterrupt:
-    sys.exit(f'\nstopped; {args.out} holds the rows above')
+    sys.exit(f'\nstopped; {args.out} holds the rows above, and the same command continues')
 
 accuracy = {name: r['accuracy'] for name, r in results.items()}
 if {f'pgd-{args.steps}', 'autoattack (worst case)'} <= set(results):
@@ -287,4 +316,6 @@ if n < 10000:
 for note in notes:
     print(f'note: {note}')
 save(complete=True)
+if shard[1] == 1:
+    saved.delete()
 print(args.out)

@@ -79,6 +79,7 @@ BAD = [     # script, arguments, what the one line has to say
     ('evaluate.py', '{tmp}/classes.pt --model resnet18', 'says itself what it is'),
     ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18 --width 4 --out {tmp}',
      'Is a directory'),
+    ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --shard 2/2', 'I from 0 to N-1'),
     ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --branch aux', 'has no dual BN'),
     ('evaluate.py', '{tmp}/classes.pt --attacks pdg', "invalid choice: 'pdg'"),
 ]
