@@ -3,8 +3,9 @@ Checkpoints: what build() needs to make the network again, its weights, and what
 
     net, meta = load_checkpoint('runs/x/best.pt')                # ours: the file says what to build
     net, meta = load_checkpoint('other.pt', 'resnet18', 10)      # somebody else's: a bare state dict
+    net, meta = load_checkpoint('other.pt', 'net.py:make', 10)   # of a network that make() in net.py returns
 """
-import hashlib, re
+import hashlib, re, runpy
 
 import torch
 
@@ -55,10 +56,23 @@ def is_ours(ckpt):
     config = isinstance(ckpt, dict) and ckpt.get('config')
     return isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
 
+def from_file(spec, num_classes):
+    """The network that function() returns, spec being file.py:function. Raises ValueError, one line."""
+    file, function = spec.rsplit(':', 1)
+    try:
+        net = runpy.run_path(file)[function]()
+    except Exception as e:                  # it is somebody else's code
+        raise ValueError(f'--model {spec}: {type(e).__name__}: {e}'.splitlines()[0]) from e
+    if not isinstance(net, torch.nn.Module):
+        raise ValueError(f'--model {spec} returns a {type(net).__name__}, not a torch.nn.Module')
+    net.config = dict(name=spec, num_classes=num_classes, width=None, mean=None, std=None, activation='relu',
+                      dual_bn=False)
+    return net
+
 def load_checkpoint(path, name=None, num_classes=None, **options):
     """-> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state
-    dict, bare or under one of the usual keys, and needs build()'s arguments; its meta is {}. Always strict.
-    Raises ValueError, one line."""
+    dict, bare or under one of the usual keys, and needs build()'s arguments, or file.py:function in place of
+    the name; its meta is {}. Always strict. Raises ValueError, one line."""
     ckpt = read(path)
     if not isinstance(ckpt, dict):
         raise ValueError(f'{path} holds a {type(ckpt).__name__}, not a state dict')
@@ -73,7 +87,7 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
         if name is None:
             raise ValueError(f'{path} holds weights only: name their architecture with --model (and --width)')
         config = dict(name=name, num_classes=num_classes, **options)
-    net = build(**config)
+    net = from_file(name, num_classes) if '.py:' in config['name'] else build(**config)
     expected = net.state_dict()
     wrong = ([f'no {k}' for k in expected if k not in weights]
              + [f'unknown {k}' for k in weights if k not in expected])

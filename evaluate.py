@@ -4,6 +4,7 @@ Clean and robust accuracy of a checkpoint on the test set: a table, and one JSON
 $ python evaluate.py runs/cifar10-resnet18-logit_mse-beta0.2-s0/best.pt            # all, AutoAttack included
 $ python evaluate.py runs/digits-resnet18-w8-logit_mse-beta0.2-s0/best.pt --n 100  # the first 100 images
 $ python evaluate.py model_test.pt --model resnet18 --dataset cifar10              # somebody else's weights
+$ python evaluate.py other.pt --model net.py:make --dataset cifar10                # ... and network
 $ python evaluate.py runs/x/best.pt --shard 0/4                                    # one of four processes
 
 fp32 without TF32, eager, BN in eval mode. An image counts as robust if it is classified correctly as it is
@@ -40,7 +41,7 @@ parser.add_argument('checkpoint')
 data.add_args(parser, training=False); attacks.add_args(parser)
 parser.set_defaults(dataset=None, data_dir=None, norm=None)         # ours say it themselves
 g = parser.add_argument_group("somebody else's weights")
-g.add_argument('--model', help=models.NAMES)
+g.add_argument('--model', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
 g.add_argument('--width', type=int, help="channels of the first layer (default: the paper's)")
 g.add_argument('--mean', type=float, nargs=3,
                help='of the normalisation it was trained with, in [0, 1] (default: none)')
@@ -93,6 +94,9 @@ try:
     args.norm = args.norm or run.get('norm', 'Linf')
     args.eps = run.get('eps') if args.eps is None else args.eps
     attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
+    if args.model and '.py:' in args.model and (args.width or args.mean or args.activation):
+        raise ValueError(f'{args.model} makes the whole network: '
+                         'drop --width, --mean, --std and --activation')
     if not ours and args.model is None:
         raise ValueError(f'{args.checkpoint} holds weights only: '
                          'name their architecture with --model (and --width)')
@@ -224,7 +228,8 @@ def summary(mask):
     per_class = {int(c): 100 * mask[y_test == c].float().mean().item() for c in y_test.unique()}
     values = torch.tensor(list(per_class.values()), dtype=torch.float64)
     return dict(accuracy=100 * k / n, correct=k, n=n, interval=[100 * (centre - half), 100 * (centre + half)],
-                per_class=per_class, class_mean=values.mean().item(),
+                per_class=per_class, robust=''.join('01'[b] for b in mask.tolist()),
+                class_mean=values.mean().item(),
                 class_std=values.std(correction=0).item(), class_worst=min(per_class, key=per_class.get))
 
 def save(complete):
@@ -273,7 +278,10 @@ print(f'{args.dataset}, the first {n} of {len(d.y_test)} test images; '
       f'{args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}'
       + f'; {args.branch} BN' * model.config['dual_bn'])
 with torch.no_grad():
-    if not model(x_test[:args.batch_size]).isfinite().all():
+    logits = model(x_test[:args.batch_size])
+    if logits.shape != (len(x_test[:args.batch_size]), d.classes):
+        sys.exit(f'{args.checkpoint} returns {tuple(logits.shape)}, not a logit for each of {d.classes} classes')
+    if not logits.isfinite().all():
         sys.exit(f'{args.checkpoint} returns non-finite logits on clean images: nothing to evaluate')
 print(f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}"
       f"{'worst':>12}{'seconds':>10}")

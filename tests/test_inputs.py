@@ -79,6 +79,11 @@ BAD = [     # script, arguments, what the one line has to say
     ('evaluate.py', '{tmp}/classes.pt --model resnet18', 'says itself what it is'),
     ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18 --width 4 --out {tmp}',
      'Is a directory'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/none.py:make', 'FileNotFoundError'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/net.py:nothing', "KeyError: 'nothing'"),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/net.py:text', 'returns a str, not a'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/net.py:make', 'entries differ'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/net.py:make --width 4', 'drop --width'),
     ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --shard 2/2', 'I from 0 to N-1'),
     ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --branch aux', 'has no dual BN'),
     ('evaluate.py', '{tmp}/classes.pt --attacks pdg', "invalid choice: 'pdg'"),
@@ -92,6 +97,7 @@ def broken(tmp_path_factory, teacher):
     torch.save([1, 2], tmp / 'list.pt')
     torch.save(dict(state_dict={}, args=types.SimpleNamespace()), tmp / 'object.pt')
     torch.save(checkpoint.load_checkpoint(teacher)[0].state_dict(), tmp / 'bare.pt')
+    (tmp / 'net.py').write_text('import torch\ntext = str\nmake = lambda: torch.nn.Linear(3, 4)\n')
     np.savez(tmp / 'labels.npz', y=np.zeros(3))
     np.savez(tmp / 'floats.npz', x=np.zeros((3, 32, 32, 3)))
     np.save(tmp / 'small.npy', np.zeros((3, 8, 8, 3), np.uint8))

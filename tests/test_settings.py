@@ -1,9 +1,11 @@
 """Reduced precision against fp32, on fixed inputs; other networks and norms
 through the command line."""
+import json
+
 import pytest
 import torch
 
-import checkpoint, models
+import checkpoint, data, models
 from test_smoke import TINY, X, Y, run
 
 @pytest.fixture(scope='module')
@@ -53,3 +55,37 @@ def test_seeded_runs_are_equal_and_seeds_differ(teacher, tmp_path):
             '--out', tmp_path / str(i))
         weights.append(checkpoint.fingerprint(checkpoint.load_checkpoint(tmp_path / str(i) / 'last.pt')[0]))
     assert weights[0] == weights[1] != weights[2]
+
+def test_somebody_elses_network_is_evaluated(tmp_path):
+    (tmp_path / 'net.py').write_text('import torch\nmake = lambda: torch.nn.Sequential(\n'
+                                     '    torch.nn.Flatten(), torch.nn.Linear(3072, 10))\n')
+    torch.manual_seed(0)
+    weights = {'module.1.weight': torch.randn(10, 3072) / 50, 'module.1.bias': torch.zeros(10)}
+    torch.save(weights, tmp_path / 'other.pt')
+    script = run('evaluate.py', tmp_path / 'other.pt', '--model', tmp_path / 'net.py:make',
+                 '--dataset', 'synthetic', '--n', 50, '--attacks', 'pgd')
+    d = data.load('synthetic')
+    x, y = data.to_float(d.x_test[:50]), d.y_test[:50]
+    w = weights['module.1.weight']
+    assert script['results']['clean']['correct'] == (x.flatten(1) @ w.T).argmax(1).eq(y).sum()
+    assert not script['model'].training and 'provenance unknown' in script['where']
+
+def test_two_reports_are_compared_by_image(tmp_path, capsys):
+    def write(name, eps, **masks):
+        rows = {k.replace('_', '-'): dict(robust=m, accuracy=100 * m.count('1') / len(m))
+                for k, m in masks.items()}
+        (tmp_path / name).write_text(json.dumps(dict(
+            dataset='d', images='first 20', norm='Linf', eps_pixels=eps, complete=True, results=rows)))
+    write('a.json', 8, clean='1' * 20, pgd_20='1' + '0' * 8 + '1' * 11)
+    write('b.json', 8, clean='1' * 20, pgd_20='0' + '1' * 8 + '1' * 11)
+    write('c.json', 4, clean='1' * 20)
+    run('compare.py', tmp_path / 'a.json', tmp_path / 'b.json')
+    clean, pgd = capsys.readouterr().out.splitlines()[2:]
+    assert clean.split()[:7] == ['clean', '100.00', '100.00', '0.00', '0', '0', '1.0000']
+    # nine images differ, one of them against the trend: 2 (C(9,0) + C(9,1)) / 2^9
+    assert pgd.split()[:7] == ['pgd-20', '60.00', '95.00', '35.00', '1', '8', '0.0391'] and 'larger' in pgd
+    for other, says in (('c.json', 'eps_pixels is 8'), ('none.json', 'No such file')):
+        with pytest.raises(SystemExit) as e:
+            run('compare.py', tmp_path / 'a.json', tmp_path / other)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and says in err and err.count('\n') == 1
