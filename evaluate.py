@@ -280,7 +280,7 @@ print(f'{args.dataset}, the first {n} of {len(d.y_test)} test images; '
 with torch.no_grad():
     logits = model(x_test[:args.batch_size])
     if logits.shape != (len(x_test[:args.batch_size]), d.classes):
-        sys.exit(f'{args.checkpoint} returns {tuple(logits.shape)}, not a logit for each of {d.classes} classes')
+        sys.exit(f'{args.checkpoint} returns {tuple(logits.shape)}, not {d.classes} logits per image')
     if not logits.isfinite().all():
         sys.exit(f'{args.checkpoint} returns non-finite logits on clean images: nothing to evaluate')
 print(f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}"
