@@ -394,14 +394,6 @@ def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
     assert all(p.grad is None for p in script['student'].parameters())
     assert script['student'].conv1.weight.requires_grad
 
-def test_best_is_selected_by_pgd_or_for_standard_training_by_clean_accuracy(tmp_path):
-    for loss, figure in (('standard', 'val_clean'), ('pgd_at', 'val_pgd20')):
-        run('train_adv.py', '--loss', loss, *TINY, '--epochs', 3, '--steps', 1, '--out', tmp_path / loss)
-        rows = [json.loads(line) for line in (tmp_path / loss / 'log.jsonl').read_text().splitlines()][1:]
-        _, meta = checkpoint.load_checkpoint(tmp_path / loss / 'best.pt')
-        assert meta[figure] == max(row[figure] for row in rows) == rows[meta['epoch'] - 1][figure]
-        assert checkpoint.load_checkpoint(tmp_path / loss / 'last.pt')[1]['epoch'] == 3
-
 def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys):
     run('evaluate.py', teacher, '--n', 40, '--eps', 64, '--attacks', 'fgsm', 'pgd', 'cw',
         '--out', tmp_path / 'e.json')

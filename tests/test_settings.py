@@ -89,3 +89,11 @@ def test_two_reports_are_compared_by_image(tmp_path, capsys):
             run('compare.py', tmp_path / 'a.json', tmp_path / other)
         err = capsys.readouterr().err
         assert e.value.code == 2 and says in err and err.count('\n') == 1
+
+def test_best_is_selected_by_pgd_or_for_standard_training_by_clean_accuracy(tmp_path):
+    for loss, figure in (('standard', 'val_clean'), ('pgd_at', 'val_pgd20')):
+        run('train_adv.py', '--loss', loss, *TINY, '--epochs', 3, '--steps', 1, '--out', tmp_path / loss)
+        rows = [json.loads(line) for line in (tmp_path / loss / 'log.jsonl').read_text().splitlines()][1:]
+        _, meta = checkpoint.load_checkpoint(tmp_path / loss / 'best.pt')
+        assert meta[figure] == max(row[figure] for row in rows) == rows[meta['epoch'] - 1][figure]
+        assert checkpoint.load_checkpoint(tmp_path / loss / 'last.pt')[1]['epoch'] == 3
