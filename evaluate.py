@@ -62,6 +62,8 @@ g.add_argument('--individual', action='store_true',
                     'its accuracy alone')
 g.add_argument('--batch-size', type=int, default=250 if torch.cuda.is_available() else 50,
                help='default: 250, on a CPU 50, which its cache holds; AutoAttack draws its noise per batch')
+g.add_argument('--compile', action='store_true',
+               help='faster after a minute: the attacks search on the compiled network, the verdict is eager')
 g.add_argument('--seed', type=int, default=0)
 g.add_argument('--shard', default='0/1', metavar='I/N',
                help='the I-th of N processes that evaluate together; they have to see one folder')
@@ -131,7 +133,7 @@ try:
     images = hashlib.sha256(d.x_test[:n].cpu().numpy().tobytes() + y_test.cpu().numpy().tobytes())
     saved = Saved(f'{args.out}.state', dict(
         {k: getattr(args, k) for k in ('norm', 'eps', 'step_size', 'steps', 'restarts', 'batch_size', 'seed',
-                                       'branch')},
+                                       'branch', 'compile')},
         weights=fingerprint(model), images=f'{n}: {images.hexdigest()[:16]}', precision='float32',
         **dict(environment(device), device=device.type)), shard)
     if saved.mine(0):           # hours of AutoAttack end in this file: it has to be writable
@@ -142,16 +144,17 @@ except ValueError as e:
 except OSError as e:
     parser.error(f'cannot write {args.out}: {e.strerror}')
 model = model.to(device, memory_format=models.layout(device))
+attacked_net = torch.compile(model) if args.compile else model
 eps, step_size = args.eps / 255, args.step_size / 255
 
 # -----------------------------------------------------------------------------
 # attacks: each takes a batch of images that are classified correctly and returns x_adv
 
 def ce(x, y):
-    return lambda x_adv: F.cross_entropy(model(x_adv), y, reduction='none')
+    return lambda x_adv: F.cross_entropy(attacked_net(x_adv), y, reduction='none')
 
 def margin(x, y):
-    return lambda x_adv: cw_margin(model(x_adv), y)
+    return lambda x_adv: cw_margin(attacked_net(x_adv), y)
 
 def iterated(objective):
     settings = dict(eps=eps, step_size=step_size, steps=args.steps, norm=args.norm)
@@ -161,7 +164,7 @@ def part(name):
     """One of AutoAttack's four, as its version standard runs it on one batch."""
     # it takes views of x and of its gradient, which channels_last memory refuses: contiguous
     # outside, any layout inside
-    predict = lambda x: model(x.flatten(1).view(x.shape).contiguous(memory_format=models.layout(device)))
+    predict = lambda x: attacked_net(x.flatten(1).view(x.shape).contiguous(memory_format=models.layout(device)))
     def attack(x, y):
         aa = AutoAttack(predict, norm=args.norm, eps=eps, seed=args.seed, version='standard', device=device)
         aa.attacks_to_run = [name]

@@ -1,13 +1,14 @@
 """
 The tables of results/, row by row: train what is missing, evaluate it, print the table.
 
-$ python reproduce.py small                          # every row, seed 0; about 25 minutes each on a CPU core
+$ python reproduce.py small                          # every row, seed 0; about 9 minutes each on a CPU core
 $ python reproduce.py small --rows trades logit_mse --seeds 0 1 2
 $ python reproduce.py small --commands               # what it would run
 $ python reproduce.py small --table                  # what is there already
 
-What was interrupted is run again, and so is a row whose command has changed; what is finished is left alone.
-Weights go to runs/TABLE/ROW-sSEED, logs, JSON and command also to results/TABLE, of which the table is made.
+What was interrupted is continued or run again, and so is what another command has left there; what is finished
+is left alone. Weights go to runs/TABLE/ROW-sSEED; logs, reports and commands also to results/TABLE, of which
+the table is made. Several processes may do different rows.
 """
 import argparse, json, os, shlex, shutil, statistics, subprocess, sys
 
@@ -16,7 +17,7 @@ import argparse, json, os, shlex, shutil, statistics, subprocess, sys
 # all training images, with the student's architecture; ROBUST is a row, see the hold-out column
 
 MODEL = '--model resnet18 --width 8'
-BUDGET = f'{MODEL} --subset 10000 --epochs 5 --batch-size 64 --lr 0.1'
+BUDGET = f'{MODEL} --subset 5000 --epochs 3 --batch-size 64 --lr 0.1 --compile'
 STANDARD, ROBUST = 'runs/small/teacher/best.pt', 'runs/small/trades-s0/best.pt'
 SMALL = {
     'standard':      '--loss standard',
@@ -63,7 +64,8 @@ SMALL = {
 }
 TABLES = {'small': dict(
     rows=SMALL, budget=BUDGET, teacher=f'{MODEL} --epochs 15',
-    evaluate={'pgd': '--n 1000 --attacks pgd', 'autoattack': '--n 200 --attacks autoattack'})}
+    evaluate={'pgd': '--n 1000 --attacks pgd',
+              'autoattack': '--n 200 --attacks autoattack --batch-size 200 --compile'})}
 
 # -----------------------------------------------------------------------------
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,86 +83,84 @@ for row in args.rows or []:
     if row not in table['rows']:
         parser.error(f'unknown row {row!r}; {args.table} has {" ".join(table["rows"])}')
 HERE = os.path.dirname(os.path.abspath(__file__))
+RUNS, RESULTS = f'runs/{args.table}', f'results/{args.table}'
 
 def evaluations(row):
-    """name -> flags: the table's, and once more with ReLU's own gradients for a hybrid activation, which may
-    mask its own, and through the auxiliary BN of AdvProp."""
-    flags = dict(table['evaluate'])
-    for word, suffix, more in (('hybrid', '-relu', ' --activation relu'),
-                               ('advprop', '-aux', ' --branch aux')):
-        if word in table['rows'][row]:
-            flags |= {name + suffix: f + more for name, f in table['evaluate'].items()}
-    return flags
+    """name -> flags: the table's. A hybrid activation may mask its own gradients: it is also attacked with
+    ReLU's, and by AutoAttack with no others. AdvProp also through its auxiliary BN, by PGD."""
+    flags, more = dict(table['evaluate']), {}
+    if 'hybrid' in table['rows'][row]:
+        flags['autoattack'] += ' --activation relu'
+        more['pgd-relu'] = flags['pgd'] + ' --activation relu'
+    if 'advprop' in table['rows'][row]:
+        more['pgd-aux'] = flags['pgd'] + ' --branch aux'
+    return {**flags, **more}
 
-def run(command):
-    print(f'$ python {command}', flush=True)
-    if args.commands:
+def steps(row, seed):
+    """product -> the command that makes it: the training's folder, then the reports in it."""
+    folder = f'{RUNS}/{row}-s{seed}'
+    train = f'train_adv.py {table["budget"]} {table["rows"][row]} --seed {seed} --out {folder}'
+    return {folder: train, **{f'{folder}/{name}.json': f'evaluate.py {folder}/best.pt {flags} '
+                              f'--out {folder}/{name}.json' for name, flags in evaluations(row).items()}}
+
+def text(file):
+    return open(file).read() if os.path.exists(file) else ''
+
+def make(product, command):
+    """Once: PRODUCT.command, written last, says that it is done and how."""
+    if text(f'{product}.command') == command:
         return
+    if os.path.isdir(product):
+        shutil.rmtree(product)                  # half a training, or another one
+    print(f'$ python {command}', flush=True)
     script, *argv = shlex.split(command)
+    argv += ['--data-dir', args.data_dir] if args.data_dir != 'data' else []
     if status := subprocess.run([sys.executable, os.path.join(HERE, script), *argv]).returncode:
         sys.exit(f'stopped: {script} ended with status {status}')
+    with open(f'{product}.command', 'w') as f:
+        f.write(command)
 
-def command_of(row, seed):
-    return (f'train_adv.py {table["rows"][row]} {table["budget"]} --seed {seed} '
-            f'--out runs/{args.table}/{row}-s{seed}')
-
-def same(file, command):
-    return os.path.exists(file) and open(file).read() == f'python {command}\n'
-
-def train(command, folder):
-    """Once: folder/command, written last, says that it is done and how."""
-    if args.commands or not same(f'{folder}/command', command):
-        if not args.commands:
-            shutil.rmtree(folder, ignore_errors=True)
-        run(f'{command} --data-dir {args.data_dir}')
-        if not args.commands:
-            with open(f'{folder}/command', 'w') as f:
-                f.write(f'python {command}\n')
+teacher = {f'{RUNS}/teacher': f'train_teacher.py {table["teacher"]} --out {RUNS}/teacher'}
+work = [(row, seed) for seed in args.seeds for row in args.rows or table['rows']]
+if args.commands:
+    for todo in [teacher, *[steps(*item) for item in work]]:
+        print(*[f'python {command}' for command in todo.values()], sep='\n')
+    sys.exit()
 
 if not args.table_only:
-    if not args.commands:
-        os.makedirs(f'results/{args.table}', exist_ok=True)
-    folder = f'runs/{args.table}/teacher'
-    train(f'train_teacher.py {table["teacher"]} --out {folder}', folder)
-    if not args.commands:
-        shutil.copy(f'{folder}/log.jsonl', f'results/{args.table}/teacher.jsonl')
-    for seed in args.seeds:
-        for row in args.rows or table['rows']:
-            folder, kept = f'runs/{args.table}/{row}-s{seed}', f'results/{args.table}/{row}-s{seed}'
-            command = command_of(row, seed)
-            train(command, folder)
-            if not args.commands and not same(f'{kept}.command', command):      # of this command, nothing yet
-                for name in evaluations(row):
-                    if os.path.exists(f'{kept}.{name}.json'):
-                        os.remove(f'{kept}.{name}.json')
-                shutil.copy(f'{folder}/log.jsonl', f'{kept}.jsonl')
-                shutil.copy(f'{folder}/command', f'{kept}.command')
-            for name, flags in evaluations(row).items():
-                if args.commands or not os.path.exists(f'{kept}.{name}.json'):
-                    report = f'{folder}/{name}.json'
-                    if os.path.exists(report):                  # half of one
-                        os.remove(report)
-                    run(f'evaluate.py {folder}/best.pt {flags} --out {report}')
-                    if not args.commands:
-                        shutil.copy(report, f'{kept}.{name}.json')
-if args.commands:
-    sys.exit()
+    (folder, command), = teacher.items()
+    if os.path.exists(f'{RESULTS}/teacher.pt') and text(f'{RESULTS}/teacher.command') == command \
+            and not os.path.exists(f'{folder}.command'):        # it is kept there: the same for everyone
+        os.makedirs(folder, exist_ok=True)
+        shutil.copy(f'{RESULTS}/teacher.pt', f'{folder}/best.pt')
+        shutil.copy(f'{RESULTS}/teacher.command', f'{folder}.command')
+    make(folder, command)
+    os.makedirs(RESULTS, exist_ok=True)
+    for row, seed in work:
+        todo, kept = steps(row, seed), f'{RESULTS}/{row}-s{seed}'
+        for product, command in todo.items():
+            make(product, command)
+        shutil.copy(f'{RUNS}/{row}-s{seed}/log.jsonl', f'{kept}.jsonl')
+        for name in evaluations(row):
+            shutil.copy(f'{RUNS}/{row}-s{seed}/{name}.json', f'{kept}.{name}.json')
+        with open(f'{kept}.command', 'w') as f:
+            f.write(''.join(f'python {command}\n' for command in todo.values()))
 
 # -----------------------------------------------------------------------------
 # the table: one line per row and way of evaluating it, its seeds averaged
 
-def measured(row, seed, suffix):
-    """The figures of one finished run of the present command, or None."""
-    kept = f'results/{args.table}/{row}-s{seed}'
-    if not (same(f'{kept}.command', command_of(row, seed))
-            and all(os.path.exists(f'{kept}.{name}{suffix}.json') for name in table['evaluate'])):
+def measured(row, seed):
+    """The figures of one finished run of the present commands, or None."""
+    kept = f'{RESULTS}/{row}-s{seed}'
+    if text(f'{kept}.command') != ''.join(f'python {command}\n' for command in steps(row, seed).values()):
         return None
-    pgd, autoattack = [json.load(open(f'{kept}.{name}{suffix}.json')) for name in table['evaluate']]
+    reports = {name: json.load(open(f'{kept}.{name}.json')) for name in evaluations(row)}
+    pgd = {name: report['results']['pgd-20']['accuracy'] for name, report in reports.items() if 'pgd' in name}
+    worst, trained = reports['autoattack']['results']['autoattack (worst case)'], reports['pgd']['trained']
     config, *epochs = [json.loads(line) for line in open(f'{kept}.jsonl')]
-    worst = autoattack['results']['autoattack (worst case)']
-    return dict(clean=pgd['results']['clean']['accuracy'], pgd=pgd['results']['pgd-20']['accuracy'],
-                autoattack=worst['accuracy'], interval=worst['interval'], epoch=pgd['trained']['epoch'],
-                held_out=pgd['trained']['val_pgd20'], last=epochs[-1]['val_pgd20'],
+    return dict(clean=reports['pgd']['results']['clean']['accuracy'], **pgd, autoattack=worst['accuracy'],
+                interval=worst['interval'], epoch=trained['epoch'], held_out=trained['val_pgd20'],
+                last=epochs[-1]['val_pgd20'],
                 seconds=statistics.median(config['train_images'] / e['img_per_s'] for e in epochs))
 
 def figure(values):
@@ -174,13 +174,13 @@ print(f'Teacher: `python train_teacher.py {table["teacher"]}`. '
 print(f'| row | clean, n={n[0]} | PGD-20, n={n[0]} | AutoAttack, n={n[1]} (95 %) '
       '| PGD-20 on the hold-out, best (epoch) / last | s/epoch | seeds | flags |\n' + '|---' * 8 + '|')
 for row, flags in table['rows'].items():
-    for suffix in sorted({name[len(base):] for base in table['evaluate'] for name in evaluations(row)
-                          if name.startswith(base)}):
-        runs = {seed: m for seed in range(10) if (m := measured(row, seed, suffix))}
-        if runs:
-            column = lambda name: [m[name] for m in runs.values()]
-            low, high = map(statistics.mean, zip(*column('interval')))
-            accuracies = ' | '.join(figure(column(name)) for name in ('clean', 'pgd', 'autoattack'))
-            print(f'| {row}{suffix} | {accuracies} ({low:.0f}-{high:.0f}) | {figure(column("held_out"))} '
-                  f'({" ".join(map(str, column("epoch")))}) / {figure(column("last"))} '
-                  f'| {statistics.median(column("seconds")):.0f} | {" ".join(map(str, runs))} | `{flags}` |')
+    runs = {seed: m for seed in range(10) if (m := measured(row, seed))}
+    if runs:
+        column = lambda name: [m[name] for m in runs.values()]
+        low, high = map(statistics.mean, zip(*column('interval')))
+        pgd = figure(column('pgd')) + ''.join(f'; {name[4:]} {figure(column(name))}'
+                                              for name in evaluations(row) if name.startswith('pgd-'))
+        print(f'| {row} | {figure(column("clean"))} | {pgd} | {figure(column("autoattack"))} '
+              f'({low:.0f}-{high:.0f}) | {figure(column("held_out"))} ({" ".join(map(str, column("epoch")))}) '
+              f'/ {figure(column("last"))} | {statistics.median(column("seconds")):.0f} '
+              f'| {" ".join(map(str, runs))} | `{flags}` |')

@@ -1,0 +1,1 @@
+train_teacher.py --model resnet18 --width 8 --epochs 15 --out runs/small/teacher
