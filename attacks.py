@@ -38,10 +38,16 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     objective(x_adv) -> (B,) within the ball of radius eps around x (B,C,H,W), and within [0, 1]. eps,
     step_size: in units of [0, 1]; step_size is a number, or one per step. norm: 'Linf' (signed step) or 'L2'
     (normalised step). Returns the last iterate or, of several restarts, each image's best; fp32, detached.
-    Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps.
+    Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps. Raises ValueError, also for images
+    outside [0, 1].
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
+    if not x.is_floating_point():
+        raise ValueError(f'x is {x.dtype}: images are floats in [0, 1], so divide by 255')
+    if not x.is_cuda and not (0 <= x.min() and x.max() <= 1):      # on a GPU it would wait in every batch
+        raise ValueError(f'x is in [{x.min():g}, {x.max():g}]: images are in [0, 1], and what standardises '
+                         'them is a layer of the model')
     sizes, best = [step_size] * steps if isinstance(step_size, (int, float)) else step_size, None
     for _ in range(restarts):
         x_adv = start(x, eps=eps, init=init, norm=norm)
@@ -118,15 +124,18 @@ def attack_mode(model, bn='eval'):
             p.requires_grad_(requires_grad)
 
 @contextmanager
-def weights_perturbed(model, objective, *, gamma):
+def weights_perturbed(model, objective, *, gamma, average=None):
     """
     Wu et al. 2020, "Adversarial Weight Perturbation Helps Robust Generalization" (AWP). For the time of the
     block every convolution's and every linear weight w is w + gamma |w| d / |d|, d the gradient of
     objective() -> scalar, one step uphill; norm layers and biases stay. Afterwards the weights are back, bit
-    for bit. (The authors step before they subtract: their weight decay also acts on the perturbation.)
+    for bit. average(gradients): in place, over several processes. (The authors step
+    before they subtract: their weight decay also acts on the perturbation.)
     """
     weights = [p for name, p in model.named_parameters() if p.dim() > 1 and 'weight' in name]
     gradients = torch.autograd.grad(objective(), weights)
+    if average:
+        average(gradients)
     saved = [w.detach().clone() for w in weights]
     with torch.no_grad():
         for w, d in zip(weights, gradients):

@@ -24,14 +24,17 @@ def fingerprint(net):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-def save_checkpoint(path, net, **meta):
-    """The plain module's weights, what build() needs to make it again, and whatever the caller
-    adds. Atomic. Raises OSError."""
+def save(path, content):
+    """torch.save, whole or not at all. Raises OSError."""
     with atomic(path) as tmp:
         try:
-            torch.save({'state_dict': net.state_dict(), 'config': net.config, **meta}, tmp)
+            torch.save(content, tmp)
         except RuntimeError as e:           # torch.save's word for a full disk
             raise OSError(str(e)) from e
+
+def save_checkpoint(path, net, **meta):
+    """The plain module's weights, what build() needs to make it again, and whatever the caller adds."""
+    save(path, {'state_dict': net.state_dict(), 'config': net.config, **meta})
 
 def read(path):
     """What torch.save wrote to path, on the CPU.
@@ -69,6 +72,19 @@ def from_file(spec, num_classes):
                       dual_bn=False)
     return net
 
+def warm_start(student, path, name=None, num_classes=None, **options):
+    """Load the weights of load_checkpoint(path, ...) into student; an auxiliary BN that they lack starts as
+    its twin. Raises ValueError if they are of another network, or of one that normalises images otherwise."""
+    net = load_checkpoint(path, name, num_classes, **options)[0]
+    weights, mine = net.state_dict(), student.state_dict()
+    weights.update({k: weights[k.replace('.aux.', '.')] for k in mine
+                    if '.aux.' in k and k not in weights and k.replace('.aux.', '.') in weights})
+    if ({k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in mine.items()}
+            or [net.config[k] for k in ('mean', 'std')] != [student.config[k] for k in ('mean', 'std')]):
+        raise ValueError(f'--warm-start: {path} is another network than the student, '
+                         'or normalises its images otherwise')
+    student.load_state_dict(weights)
+
 def load_checkpoint(path, name=None, num_classes=None, **options):
     """-> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state
     dict, bare or under one of the usual keys, and needs build()'s arguments, or file.py:function in place of
@@ -87,6 +103,8 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
         if name is None:
             raise ValueError(f'{path} holds weights only: name their architecture with --model (and --width)')
         config = dict(name=name, num_classes=num_classes, **options)
+    elif num_classes not in (None, config['num_classes']):
+        raise ValueError(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
     net = from_file(name, num_classes) if '.py:' in config['name'] else build(**config)
     expected = net.state_dict()
     wrong = ([f'no {k}' for k in expected if k not in weights]

@@ -217,14 +217,16 @@ def _array_in_npz(path):
         shape, fortran, dtype = read_header(f)
         return np.memmap(path, dtype, 'r', f.tell(), shape, 'F' if fortran else 'C')
 
-def image_batches(images, n, augment, generator):
+def image_batches(images, n, augment, generator, seed=0, first=0):
     """Yield n of the images (see open_images) at a time, for ever: x fp32 (n,3,H,W) on the generator's
-    device, every image once before any comes again."""
-    rest = torch.empty(0, dtype=torch.int64)
+    device, every image once before any comes again. seed: of their order; first: how many to pass over."""
+    order = lambda turn: torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + turn))
+    turn, passed = divmod(first, len(images))
+    rest = order(turn)[passed:]
     while True:
         while len(rest) < n:
-            order = torch.randperm(len(images), generator=generator, device=generator.device)
-            rest = torch.cat([rest, order.cpu()])
+            turn += 1
+            rest = torch.cat([rest, order(turn)])
         index, rest = rest[:n].sort().values, rest[n:]          # sorted: the disk reads forwards
         x = torch.from_numpy(images[index.numpy()]).to(generator.device)
         yield to_float(crop_flip(x, generator) if augment else x)

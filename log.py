@@ -6,6 +6,11 @@ import contextlib, importlib.metadata, json, math, os, platform, secrets
 
 import torch
 
+try:
+    import fcntl
+except ImportError:             # Windows: nobody warns of two runs in one folder
+    fcntl = None
+
 @contextlib.contextmanager
 def atomic(path):
     """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any
@@ -22,15 +27,33 @@ def atomic(path):
         with contextlib.suppress(FileNotFoundError):
             os.remove(tmp)
 
-def new_run(folder):
-    """Make folder, prove that it can be written, refuse one that holds a model. Raises ValueError."""
-    if os.path.exists(f'{folder}/last.pt'):
-        raise ValueError(f'{folder} holds a trained model already: choose another --out, or delete it')
+def new_run(folder, resume=False):
+    """Make folder and prove that it can be written. Returns a lock on it, which lasts as long as the process.
+    Raises ValueError if another run is at work in it, or has been, unless it is to be continued; exits with
+    status 0 if that one is finished."""
     try:
-        with atomic(f'{folder}/log.jsonl') as tmp:
-            open(tmp, 'w').close()
+        os.makedirs(folder, exist_ok=True)
+        lock = open(f'{folder}/.lock', 'w')
+        if fcntl:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # until the process ends, however
+            except (BlockingIOError, PermissionError):
+                raise ValueError(f'another run is at work in {folder}: choose another --out') from None
+        begun = os.path.exists(f'{folder}/state.pt')
+        if begun and not resume:
+            raise ValueError(f'{folder} holds an unfinished run: continue it with --resume, '
+                             'choose another --out, or delete it')
+        if not begun and os.path.exists(f'{folder}/last.pt'):
+            if resume:
+                print(f'{folder} is finished: nothing to resume')
+                raise SystemExit
+            raise ValueError(f'{folder} holds a trained model already: choose another --out, or delete it')
+        if not begun:
+            with atomic(f'{folder}/log.jsonl') as tmp:
+                open(tmp, 'w').close()
     except OSError as e:
         raise ValueError(f'cannot write {folder}: {e.strerror}') from e
+    return lock
 
 def environment(device):
     """Versions and hardware: what a number depends on and a command line does not say."""
@@ -42,13 +65,16 @@ def environment(device):
                        f'CPU, {torch.get_num_threads()} threads')
 
 class Table:
-    """One row per epoch on the screen and in folder/log.jsonl, under the configuration.
-    columns: name -> format."""
-    def __init__(self, folder, config, **columns):
+    """One row per epoch on the screen and in folder/log.jsonl, under the configuration. columns: name ->
+    format. first: the first epoch to come; of a run that is continued, the log keeps the ones before."""
+    def __init__(self, folder, config, first=1, **columns):
         self.path, self.columns = f'{folder}/log.jsonl', columns
         self.header = ' '.join(name.rjust(9) for name in columns)
         print(json.dumps(config), flush=True)
-        self._append(config)
+        with open(self.path) as f:
+            kept = f.readlines()[:first] if first > 1 else []
+        with atomic(self.path) as tmp, open(tmp, 'w') as f:
+            f.writelines(kept or [json.dumps(config) + '\n'])
 
     def row(self, **values):
         if self.header:

@@ -6,9 +6,9 @@ $ python reproduce.py small --rows trades logit_mse --seeds 0 1 2
 $ python reproduce.py small --commands               # what it would run
 $ python reproduce.py small --table                  # what is there already
 
-What was interrupted is continued or run again, and so is what another command has left there; what is finished
-is left alone. Weights go to runs/TABLE/ROW-sSEED; logs, reports and commands also to results/TABLE, of which
-the table is made. Several processes may do different rows.
+What was interrupted is continued or run again, and so is what another command has left there; what is
+finished is left alone. Weights go to runs/TABLE/ROW-sSEED; logs, reports and commands also to results/TABLE,
+of which the table is made. Several processes may do different rows.
 """
 import argparse, json, os, shlex, shutil, statistics, subprocess, sys
 
@@ -181,6 +181,6 @@ for row, flags in table['rows'].items():
         pgd = figure(column('pgd')) + ''.join(f'; {name[4:]} {figure(column(name))}'
                                               for name in evaluations(row) if name.startswith('pgd-'))
         print(f'| {row} | {figure(column("clean"))} | {pgd} | {figure(column("autoattack"))} '
-              f'({low:.0f}-{high:.0f}) | {figure(column("held_out"))} ({" ".join(map(str, column("epoch")))}) '
-              f'/ {figure(column("last"))} | {statistics.median(column("seconds")):.0f} '
-              f'| {" ".join(map(str, runs))} | `{flags}` |')
+              f'({low:.0f}-{high:.0f}) | {figure(column("held_out"))} '
+              f'({" ".join(map(str, column("epoch")))}) / {figure(column("last"))} '
+              f'| {statistics.median(column("seconds")):.0f} | {" ".join(map(str, runs))} | `{flags}` |')

@@ -62,7 +62,7 @@ def test_ema_averages_weights_and_statistics_and_is_what_is_kept(tmp_path):
     start = models.build('resnet18', 10, width=4)
     for a, s, w in zip(*(net.parameters() for net in (one['averaged'], one['student'], start))):
         assert torch.allclose(a, 2 / 11 * w + 9 / 11 * s, atol=1e-6)
-    script['average'](0.25)
+    script['move_average'](0.25)
     for k, v in script['averaged'].state_dict().items():
         expected = before[k] + 0.25 * (student[k] - before[k]) if v.is_floating_point() else student[k]
         assert torch.allclose(v, expected, atol=1e-6)
@@ -184,17 +184,18 @@ def test_a_hybrid_is_attacked_with_both_gradients(tmp_path):
 
 def test_free_training_carries_the_perturbation_over(tmp_path):
     script = train(tmp_path, '--free', 3, loss='pgd_at')
-    delta = script['delta']
+    delta = script['now'].delta
     assert delta.abs().max() <= 8 / 255 + 1e-7 and (delta.abs() > 7.9 / 255).float().mean() > 0.2
     x = torch.rand(32, 3, 32, 32)
     x_adv = script['craft'](x, None)
     assert torch.equal(x_adv, (x + delta).clamp(0, 1)) and x_adv.requires_grad
-    assert script['steps_done'] == 2 * 3 and script['scheduler'].last_epoch == 2 * 3
+    assert script['now'].steps == 2 * 3 and script['scheduler'].last_epoch == 2 * 3
 
 def test_eps_and_step_grow_over_the_ramp(tmp_path):
     script = train(tmp_path, '--eps-ramp', 0.5, loss='pgd_at')
     craft, size = script['craft'], []
-    for craft.__globals__['progress'] in (0.0, 0.25, 0.5, 1.0):
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        script['now'].steps = progress * script['total_steps']
         size.append(255 * (craft(X, Y) - X).abs().max().item())
     assert size[0] == 0 and 3.5 < size[1] < 4.01 and 7 < size[2] < 8.01 and 7 < size[3] < 8.01
 
@@ -268,31 +269,32 @@ def test_every_name_is_the_right_network_on_the_right_images(tmp_path):
              y, progress, *, h=2.0, T=1.0):
         return locals()
     who = dict(student=1, teacher=2, standard=3, guide=4)
-    script['loss_on'].__globals__.update({k: Answers(v) for k, v in who.items()}, progress=0.3,
+    script['loss_on'].__globals__.update({k: Answers(v) for k, v in who.items()},
                                          method=losses.Method(loss, None), hp=dict(h=2.0, T=1.0))
+    script['now'].steps = 0.25 * script['total_steps']
     seen, x_adv = script['loss_on'](X, X / 2, Y), X / 2
     for name, net, x in [('logits', 'student', X), ('logits_adv', 'student', x_adv),
                          ('logits_helper', 'student', X + 2 * (x_adv - X)), ('guide_logits', 'guide', X),
                          ('t_logits', 'teacher', X), ('t_logits_adv', 'teacher', x_adv),
                          ('s_logits_adv', 'standard', x_adv)]:
         assert torch.equal(seen[name], Answers(who[net])(x)), name
-    assert torch.equal(seen['y'], Y) and seen['progress'] == 0.3
-    assert torch.equal(seen['class_p'], script['class_p'][Y])
+    assert torch.equal(seen['y'], Y) and seen['progress'] == 0.25
+    assert torch.equal(seen['class_p'], script['now'].class_p[Y])
 
 # -----------------------------------------------------------------------------
 # state that two of the losses ask for
 
 def test_dkl_gets_the_class_means_of_the_epoch_before(tmp_path):
     script = train(tmp_path, '--lr', 0, '--awp', 1e-9, '--awp-warmup', 0, loss='dkl')
-    class_p = script['class_p']
-    assert torch.allclose(class_p.sum(1), torch.ones(10)) and (script['class_sum'] == 0).all()
+    class_p = script['now'].class_p
+    assert torch.allclose(class_p.sum(1), torch.ones(10)) and (script['now'].class_sum == 0).all()
     student = script['student'].train()
     d, order, expected = script['d'], torch.Generator().manual_seed(0), torch.zeros(10, 10)
     for x, y in data.batches(d.x_train, d.y_train, 32, False, order):
         expected.index_add_(0, y, (student(x) / 4).softmax(1).detach())
     assert torch.allclose(class_p, expected / expected.sum(1, keepdim=True), atol=1e-4)
     script['update'](X, Y)                                          # with a look ahead that does not count
-    assert script['class_sum'].sum() == pytest.approx(len(X), rel=1e-5)
+    assert script['now'].class_sum.sum() == pytest.approx(len(X), rel=1e-5)
 
 def test_the_guide_of_lbgat_learns_and_is_not_the_student(tmp_path):
     script = train(tmp_path, loss='lbgat')

@@ -1,0 +1,84 @@
+"""Data are split, cut and drawn as the README says; networks are the published ones, and checkpoints load."""
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint, data, models
+from test_smoke import X, net
+
+def test_crop_flip_equals_loops():
+    x = torch.randint(256, (16, 32, 32, 3), dtype=torch.uint8)
+    out = data.crop_flip(x, torch.Generator().manual_seed(0))
+    padded = np.pad(x.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)))
+    for image, frame in zip(out.numpy(), padded):
+        views = [v for i in range(9) for j in range(9)
+                 for v in (frame[i:i + 32, j:j + 32], frame[i:i + 32, j:j + 32][:, ::-1])]
+        assert any((image == v).all() for v in views)
+    assert not torch.equal(out, x)
+
+def numbered(folder, n):
+    """An npz of n training images whose first two bytes are their number."""
+    x = np.zeros((n, 8, 8, 3), np.uint8)
+    x[:, 0, 0, 0], x[:, 0, 0, 1] = np.arange(n) % 256, np.arange(n) // 256
+    np.savez(folder / 'numbered.npz', x_train=x, y_train=np.arange(n) % 10,
+             x_test=x[:10], y_test=np.arange(10))
+
+@pytest.mark.parametrize('n, held_out', [(300, 30), (12000, 1000)])
+def test_holdout_is_disjoint_and_the_same_for_every_subset(n, held_out, tmp_path):
+    numbered(tmp_path, n)
+    number = lambda x: set((x[:, 0, 0, 0].long() + 256 * x[:, 0, 0, 1].long()).tolist())
+    whole, part = data.load('numbered', tmp_path), data.load('numbered', tmp_path, subset=50)
+    assert number(whole.x_val) == number(part.x_val) and len(number(whole.x_val)) == held_out
+    assert number(whole.x_train) | number(whole.x_val) == set(range(n))
+    assert not number(whole.x_train) & number(whole.x_val)
+    assert sorted(number(whole.x_train))[:50] == sorted(number(part.x_train))
+
+def test_digits_are_the_real_ones():
+    d = data.load('digits')
+    assert len(d.x_train) + len(d.x_val) + len(d.x_test) == 1797
+    assert d.x_test.shape == (449, 32, 32, 3) and d.x_test.dtype == torch.uint8
+    assert d.x_test.max() == 255 and torch.equal(d.x_test[:, ::4, ::4], d.x_test[:, 3::4, 3::4])  # 4x4 blocks
+
+def test_batches_are_seeded_and_in_range():
+    d = data.load('synthetic', subset=100)
+    epochs = [list(data.batches(d.x_train, d.y_train, 32, True, torch.Generator().manual_seed(5)))
+              for _ in range(2)]
+    assert [len(y) for _, y in epochs[0]] == [32, 32, 32]       # whole batches only
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(*epochs))
+    x = epochs[0][0][0]
+    assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
+    assert sum(len(y) for _, y in data.batches(d.x_val, d.y_val, 50)) == len(d.y_val)
+
+@pytest.mark.parametrize('name, millions', [
+    ('resnet18', 11.174), ('resnet34', 21.282), ('resnet50', 23.521), ('preactresnet18', 11.172),
+    ('wrn-28-10', 36.479), ('wrn-34-10', 46.160), ('mobilenetv2', 2.297)])
+def test_models_have_the_published_size(name, millions):
+    with torch.device('meta'):
+        net = models.build(name, 10)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(millions * 1e6, abs=600)
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'preactresnet18', 'wrn-10-2', 'mobilenetv2'])
+def test_narrow_models_run_with_a_small_image_stem(name):
+    net = models.build(name, 7, width=4, mean=[.5] * 3, std=[.2] * 3).eval()
+    sizes = []
+    last = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)][-1]
+    last.register_forward_hook(lambda module, args, out: sizes.append(out.shape[2:]))
+    assert net(X).shape == (6, 7) and sizes[0] in ((4, 4), (8, 8))          # an ImageNet stem would leave 1x1
+
+def test_autoattacks_example_checkpoint_loads_unchanged():
+    import pyautoattack
+    path = pathlib.Path(pyautoattack.__file__).parent / 'examples/model_test.pt'
+    net, meta = checkpoint.load_checkpoint(path, 'resnet18', 10)
+    assert meta == {} and not net.training
+
+def test_checkpoint_round_trip_and_prefixes(tmp_path, net):
+    checkpoint.save_checkpoint(tmp_path / 'a.pt', net, dataset='synthetic')
+    again, meta = checkpoint.load_checkpoint(tmp_path / 'a.pt')
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(net) and meta['dataset'] == 'synthetic'
+    torch.save({'model_state_dict': {f'module._orig_mod.{k}': v for k, v in net.state_dict().items()}},
+               tmp_path / 'b.pt')
+    again, meta = checkpoint.load_checkpoint(tmp_path / 'b.pt', 'resnet18', 10, width=4)
+    assert checkpoint.fingerprint(again) == checkpoint.fingerprint(net) and meta == {}
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith('.tmp')] == []

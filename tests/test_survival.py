@@ -1,0 +1,130 @@
+"""A run that is killed, stopped or moved to several processes ends where an undisturbed one does."""
+import json, pathlib, random, signal, subprocess, sys, time
+
+import pytest
+import torch
+
+HERE = pathlib.Path(__file__).parent.parent
+ADV = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '4',
+       '--subset', '128', '--epochs', '3', '--steps', '2', '--save-minutes', '0', '--out']
+EVERYTHING = ['--loss', 'hat', '--awp', '0.005', '--ema', '0.9', '--accumulate', '2']  # a teacher, noise
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    out = tmp_path_factory.mktemp('teacher')
+    subprocess.run([sys.executable, str(HERE / 'train_teacher.py'), '--dataset', 'synthetic', '--width', '4',
+                    '--epochs', '2', '--out', str(out)], check=True, stdout=subprocess.DEVNULL)
+    return str(out / 'best.pt')
+
+def finished(folder):
+    """Weights of both checkpoints, and the log without its times."""
+    weights = {f'{name} {k}': v for name in ('best.pt', 'last.pt')
+               for k, v in torch.load(folder / name, weights_only=True)['state_dict'].items()}
+    rows = [json.loads(line) for line in open(folder / 'log.jsonl')][1:]
+    return weights, [{k: v for k, v in row.items() if k not in ('img_per_s', 'min_left', 'peak_gib')}
+                     for row in rows]
+
+def same(a, b):
+    assert a[1] == b[1]
+    assert a[0].keys() == b[0].keys() and all(torch.equal(v, b[0][k]) for k, v in a[0].items())
+
+def started(command):
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+@pytest.fixture(scope='module')
+def undisturbed(teacher, tmp_path_factory):
+    out = tmp_path_factory.mktemp('undisturbed')
+    subprocess.run([*ADV, str(out), '--teacher', teacher, *EVERYTHING], check=True, stdout=subprocess.DEVNULL)
+    assert not (out / 'state.pt').exists()
+    return finished(out)
+
+def begun(folder, process, seconds=120):
+    while not (folder / 'state.pt').exists() and process.poll() is None and seconds > 0:
+        time.sleep(0.1)
+        seconds -= 0.1
+    assert (folder / 'state.pt').exists()
+
+def test_kill_9_five_times(teacher, undisturbed, tmp_path):
+    draw = random.Random(0)
+    command = [*ADV, str(tmp_path), '--teacher', teacher, *EVERYTHING]
+    kills = 0
+    for attempt in range(5):
+        process = started(command + ['--resume'] * (attempt > 0))
+        begun(tmp_path, process)
+        time.sleep(draw.uniform(0, 4 if attempt == 0 else 12))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 2                       # on a fast machine the run may be over before the fifth
+    if (tmp_path / 'state.pt').exists():
+        subprocess.run([*command, '--resume'], check=True, stdout=subprocess.DEVNULL)
+    same(finished(tmp_path), undisturbed)
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_names_the_command_that_continues(number, teacher, undisturbed, tmp_path):
+    process = started([*ADV, str(tmp_path), '--teacher', teacher, *EVERYTHING])
+    begun(tmp_path, process)
+    process.send_signal(number)
+    err = process.communicate(timeout=120)[1].strip()
+    assert process.returncode == 1 and 'Traceback' not in err
+    command = err.split('Continue with: python ')[1]
+    assert command.endswith('--resume')
+    subprocess.run(f'{sys.executable} {command}', shell=True, check=True, stdout=subprocess.DEVNULL)
+    same(finished(tmp_path), undisturbed)
+
+def test_what_cannot_go_on_is_refused(teacher, tmp_path):
+    command = [*ADV, str(tmp_path), '--teacher', teacher, *EVERYTHING]
+    process = started(command)
+    begun(tmp_path, process)
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 2 and 'another run is at work in' in second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    for more, message in (([], 'holds an unfinished run: continue it with --resume'),
+                          (['--resume', '--lr', '0.1'], 'was started with lr 0.2, not 0.1')):
+        done = subprocess.run([*command, *more], capture_output=True, text=True)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1
+    (tmp_path / 'state.pt').write_bytes((tmp_path / 'state.pt').read_bytes()[:1000])
+    done = subprocess.run([*command, '--resume'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'truncated' in done.stderr and done.stderr.count('\n') == 1
+
+def test_the_teacher_resumes_too(tmp_path):
+    command = [sys.executable, str(HERE / 'train_teacher.py'), '--dataset', 'synthetic', '--width', '4',
+               '--epochs', '4', '--save-minutes', '0', '--out']
+    subprocess.run([*command, str(tmp_path / 'a')], check=True, stdout=subprocess.DEVNULL)
+    process = started([*command, str(tmp_path / 'b')])
+    begun(tmp_path / 'b', process)
+    process.kill()
+    process.communicate()
+    subprocess.run([*command, str(tmp_path / 'b'), '--resume'], check=True, stdout=subprocess.DEVNULL)
+    same(finished(tmp_path / 'a'), finished(tmp_path / 'b'))
+
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29517']
+# one update, no noise, and no sign of a gradient near zero: what differs is the order of the sums
+PLAIN = ['--loss', 'pgd_at', '--norm', 'L2', '--init', 'zero', '--epochs', '1', '--subset', '32', '--lr', '0.01']
+
+@pytest.mark.parametrize('flags', [['--sync-bn'], []], ids=['sync-bn', 'local-bn'])
+def test_two_processes_are_one(flags, tmp_path):
+    """The same global batch: with common BN statistics the same network; without, another one, because each half
+    was normalised by itself."""
+    subprocess.run([*ADV, str(tmp_path / '1'), *PLAIN], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path / '2'), *PLAIN, *flags], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    (one, log_one), (two, log_two) = finished(tmp_path / '1'), finished(tmp_path / '2')
+    apart = max(((two[k] - v).norm() / v.norm()).item() for k, v in one.items()
+                if v.is_floating_point())
+    assert len(log_two) == 1 and not (tmp_path / '2' / 'state.pt').exists()
+    assert apart < 1e-4 if flags else apart > 1e-2
+    assert abs(log_one[0]['loss'] - log_two[0]['loss']) < (1e-4 if flags else 0.3)
+
+def test_two_processes_stop_together_and_continue(tmp_path):
+    command = [*TORCHRUN, *ADV[1:], str(tmp_path), '--loss', 'trades']
+    process = started(command)
+    begun(tmp_path, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    done = subprocess.run([*ADV, str(tmp_path), '--loss', 'trades', '--resume'],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and 'was started with 2 processes, not 1' in done.stderr
+    subprocess.run([*command, '--resume'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert len(finished(tmp_path)[1]) == 3
