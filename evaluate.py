@@ -6,30 +6,36 @@ $ python evaluate.py runs/digits-resnet18-w8-logit_mse-beta0.2-s0/best.pt --n 10
 $ python evaluate.py model_test.pt --model resnet18 --dataset cifar10              # somebody else's weights
 $ python evaluate.py other.pt --model net.py:make --dataset cifar10                # ... and network
 $ python evaluate.py runs/x/best.pt --shard 0/4                                    # one of four processes
+$ python evaluate.py runs/x/best.pt --attacks pgd --sweep-eps 0 2 4 8 16 --sweep-steps 10 50 --save-adv adv.pt
+$ python evaluate.py runs/x/best.pt --verify adv.pt                                # ... checked again
 
 fp32 without TF32, eager, BN in eval mode. An image counts as robust if it is classified correctly as it is
 and after every attack of the row; those misclassified as they are are not attacked. AutoAttack is its
 authors' (Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
 Parameter-free Attacks"), version standard: its four attacks in turn, each on the images that are left,
 which is the published number. Killed, the same command continues, with the same result (resumable.py).
+With --fast the attacks search on the compiled network, AutoAttack in bf16 where the GPU has it; its first two
+attacks then go on in fp32 with what is left. Every verdict is the eager network's, in fp32.
 """
-import argparse, hashlib, json, logging, math, os, re, sys, time
+import argparse, hashlib, logging, math, os, re, sys, time
 
 import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack
 from tqdm import tqdm
 
-import attacks, checkpoint, data, models
+import attacks, audit, checkpoint, data, models
 from attacks import attack_mode, cw_margin, fgsm, pgd
 from checkpoint import fingerprint, load_checkpoint
 from log import atomic, environment
 from models import branch
+from report import HEADER, check_images, distance, find_flags, inspect, line, load_adv, summary, write
 from resumable import Saved
 
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']        # of AutoAttack standard, in its order
 FAST = PARTS[:2]                                        # by them nearly every image falls that falls at all
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
+UNFINISHED = '"complete": false'
 
 # -----------------------------------------------------------------------------
 # arguments
@@ -51,9 +57,15 @@ g.add_argument('--branch', choices=['main', 'aux'], help='of dual BN (default: a
 g.add_argument('--activation', choices=models.ACTIVATIONS,
                help="of foreign weights (default: relu), or another than the checkpoint's: relu attacks "
                     "a hybrid with ReLU's own gradients")
-g.add_argument('--attacks', nargs='+', default=DEFAULT,
-               choices=[*DEFAULT, 'aa-fast', *PARTS], metavar='NAME',
-               help=f'{" ".join(DEFAULT)}; aa-fast: its first two parts; or a part alone: {" ".join(PARTS)}')
+g.add_argument('--attacks', nargs='+', metavar='NAME',
+               choices=[*DEFAULT, 'aa-fast', *PARTS, 'weak', 'strong'],
+               help=f'{" ".join(DEFAULT)} (the default); aa-fast: its first two parts; or a part alone: '
+                    f"{' '.join(PARTS)}; weak, strong: Dallaire et al.'s, PGD of 2 steps from x, eps 0.1 and "
+                    'step 2/255, eps 0.5 and step 0.5, in units of [0, 1]')
+g.add_argument('--transfer-from', metavar='PT', help='also PGD crafted on this network')
+g.add_argument('--sweep-eps', nargs='+', type=float, default=[], metavar='EPS',
+               help='also PGD at each of these, in pixels, the step in proportion')
+g.add_argument('--sweep-steps', nargs='+', type=int, default=[], metavar='K', help='also PGD of so many')
 g.add_argument('--n', type=int, help='the first N test images (default: all)')
 g.add_argument('--steps', type=int, default=20, help='of pgd and cw')
 g.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
@@ -64,22 +76,33 @@ g.add_argument('--batch-size', type=int, default=250 if torch.cuda.is_available(
                help='default: 250, on a CPU 50, which its cache holds; AutoAttack draws its noise per batch')
 g.add_argument('--compile', action='store_true',
                help='faster after a minute: the attacks search on the compiled network, the verdict is eager')
+g.add_argument('--fast', action='store_true',
+               help='--compile, and AutoAttack in bf16 first, on a GPU that has it')
+g.add_argument('--no-audit', dest='audit', action='store_false',
+               help='skip the search for masked gradients on the first 100 images')
+g.add_argument('--save-adv', metavar='PT',
+               help="keep every image's worst x_adv within eps, float32; on the way, as much disk per attack")
+g.add_argument('--verify', metavar='PT', help='what --save-adv kept, judged again; alone: no attack')
+g.add_argument('--figures', action='store_true', help='draw the report (figures.py)')
 g.add_argument('--seed', type=int, default=0)
 g.add_argument('--shard', default='0/1', metavar='I/N',
                help='the I-th of N processes that evaluate together; they have to see one folder')
 g.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
 args = parser.parse_args()
+args.attacks = args.attacks or (['clean'] if args.verify else DEFAULT)
+args.compile = args.compile or args.fast
 
 # -----------------------------------------------------------------------------
 # device, model, data: everything that can be wrong with the input is wrong here, before any work
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 torch.set_float32_matmul_precision('highest')
 torch.backends.cudnn.allow_tf32 = False
-notes = []                                              # what a reader of the number should know
+notes, flags = [], {}       # what a reader of the number should know, in words and as data
 try:
-    for flag in ('steps', 'restarts', 'batch_size'):
-        if getattr(args, flag) < 1:
-            raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: at least 1')
+    for name in ('steps', 'restarts', 'batch_size', 'sweep_steps'):
+        value = getattr(args, name) if name != 'sweep_steps' else min(args.sweep_steps, default=1)
+        if value < 1:
+            raise ValueError(f'--{name.replace("_", "-")} {value}: at least 1')
     shard = re.fullmatch(r'(\d+)/(\d+)', args.shard)
     shard = shard and (int(shard[1]), int(shard[2]))
     if not shard or shard[0] >= shard[1]:
@@ -96,6 +119,13 @@ try:
     args.norm = args.norm or run.get('norm', 'Linf')
     args.eps = run.get('eps') if args.eps is None else args.eps
     attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
+    for value in args.sweep_eps:
+        if value and not 1 <= value <= 255:
+            raise ValueError(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255')
+    if args.norm == 'L2' and {'weak', 'strong'} & set(args.attacks):
+        raise ValueError('weak and strong are Linf attacks')
+    if args.fast and (args.individual or set(PARTS) & set(args.attacks)):
+        raise ValueError('--fast is for autoattack as a whole: what a part alone leaves has no second search')
     if args.model and '.py:' in args.model and (args.width or args.mean or args.activation):
         raise ValueError(f'{args.model} makes the whole network: '
                          'drop --width, --mean, --std and --activation')
@@ -103,9 +133,9 @@ try:
         raise ValueError(f'{args.checkpoint} holds weights only: '
                          'name their architecture with --model (and --width)')
     d = data.load(args.dataset, args.data_dir, device=device)
-    model, meta = load_checkpoint(args.checkpoint, args.model, d.classes,
-                                  width=args.width, mean=args.mean, std=args.std,
-                                  activation=args.activation or 'relu')
+    foreign = dict(width=args.width, mean=args.mean, std=args.std, activation=args.activation or 'relu')
+    model, meta = load_checkpoint(args.checkpoint, args.model, d.classes, **foreign)
+    source = args.transfer_from and load_checkpoint(args.transfer_from, args.model, d.classes, **foreign)[0]
     if args.branch and not model.config['dual_bn']:
         raise ValueError(f'--branch {args.branch}: {args.checkpoint} has no dual BN')
     args.branch = args.branch or run.get('eval_branch', 'main')
@@ -114,219 +144,263 @@ try:
         weights = model.state_dict()
         model = models.build(**dict(model.config, activation=args.activation)).eval()
         model.load_state_dict(weights)
-    if model.config['num_classes'] != d.classes:
-        raise ValueError(f'{args.checkpoint} knows {model.config["num_classes"]} classes, '
-                         f'{args.dataset} has {d.classes}')
-    if d.classes < 4 and {'autoattack', *PARTS} & set(args.attacks):
+    if d.classes < 4 and {'autoattack', 'aa-fast', *PARTS} & set(args.attacks):
         raise ValueError('AutoAttack needs four classes (its targeted DLR loss does), '
                          f'{args.dataset} has {d.classes}; choose others with --attacks')
+    adv = checkpoint.read(args.verify) if args.verify else None
     n = args.n if args.n is not None else len(d.y_test)
     if not 1 <= n <= len(d.y_test):
         raise ValueError(f'--n {n}: {args.dataset} has {len(d.y_test)} test images')
-    tag = '' if args.attacks == DEFAULT else '-' + '+'.join(args.attacks)
+    rows = args.attacks + [name for name in ('transfer_from', 'sweep_eps', 'sweep_steps', 'verify', 'fast')
+                           if getattr(args, name)]
+    tag = '' if rows == DEFAULT else '-' + '+'.join(rows)
     tag += ''.join(f'-{v}' for v in (args.activation, args.branch if model.config['dual_bn'] else None) if v)
     args.out = args.out or (f'{os.path.splitext(args.checkpoint)[0]}.eval-'
                             f'{args.norm}-{args.eps:g}-n{n}{tag}.json')
-    if os.path.exists(args.out) and '"complete": false' not in open(args.out).read():
-        raise ValueError(f'{args.out} is there already: choose another --out, or delete it')
-    x_test, y_test = data.to_float(d.x_test[:n]), d.y_test[:n]
-    images = hashlib.sha256(d.x_test[:n].cpu().numpy().tobytes() + y_test.cpu().numpy().tobytes())
-    saved = Saved(f'{args.out}.state', dict(
+    for name, path in [('out', args.out), ('save-adv', args.save_adv)]:
+        if path and os.path.exists(path) and UNFINISHED.encode() not in open(path, 'rb').read():
+            raise ValueError(f'{path} is there already: choose another --{name}, or delete it')
+    x_test, y_test = data.to_float(d.x_test[:n]), d.y_test[:n].cpu()
+    check_images(x_test, y_test, d.classes)
+    model = model.to(device, memory_format=models.layout(device))
+    with attack_mode(model), branch(model, args.branch):
+        first = inspect(model, x_test[:args.batch_size], y_test[:args.batch_size].to(device), d.classes)
+    bf16 = args.fast and models.amp_dtype('auto', device) is torch.bfloat16
+    search = f'{"bfloat16" if bf16 else "float32"}, {"compiled" if args.compile else "eager"}'
+    search += f'; what is left, {" and ".join(FAST)} again in float32' if bf16 else ''
+    images = hashlib.sha256(d.x_test[:n].cpu().numpy().tobytes() + y_test.numpy().tobytes())
+    evaluated = dict(
         {k: getattr(args, k) for k in ('norm', 'eps', 'step_size', 'steps', 'restarts', 'batch_size', 'seed',
-                                       'branch', 'compile')},
-        weights=fingerprint(model), images=f'{n}: {images.hexdigest()[:16]}', precision='float32',
-        **dict(environment(device), device=device.type)), shard)
-    if saved.mine(0):           # hours of AutoAttack end in this file: it has to be writable
-        with atomic(args.out) as tmp, open(tmp, 'w') as f:
-            f.write('{"complete": false}')
+                                       'branch')},
+        weights=fingerprint(model), transfer_from=source and fingerprint(source), search=search,
+        images=f'{n}: {images.hexdigest()[:16]}', precision='float32', save_adv=bool(args.save_adv),
+        **dict(environment(device), device=device.type))
+    x_adv = adv and load_adv(args.verify, adv, evaluated, x_test)
+    saved = Saved(f'{args.out}.state', evaluated, shard)
+    for path in filter(None, (args.out, args.save_adv)):        # hours of AutoAttack end in these files: they
+        if saved.mine(0):                                       # have to be writable
+            with atomic(path) as tmp, open(tmp, 'w') as f:
+                f.write('{%s}' % UNFINISHED)
 except ValueError as e:
     parser.error(e)
 except OSError as e:
-    parser.error(f'cannot write {args.out}: {e.strerror}')
-model = model.to(device, memory_format=models.layout(device))
-attacked_net = torch.compile(model) if args.compile else model
+    parser.error(f'cannot write {e.filename or args.out}: {e.strerror}')
 eps, step_size = args.eps / 255, args.step_size / 255
+attacked_net = half_net = torch.compile(model) if args.compile else model
+if source:
+    source = source.to(device, memory_format=models.layout(device)).requires_grad_(False)
+if bf16:                                                # x stays in fp32: a bf16 pixel is too coarse for eps
+    def half_net(x):
+        with torch.autocast(device.type, torch.bfloat16):
+            return attacked_net(x).float()
 
 # -----------------------------------------------------------------------------
-# attacks: each takes a batch of images that are classified correctly and returns x_adv
+# attacks: each takes a batch of images that are classified correctly and returns x_adv, and how many of
+# them it says it broke, if it says so
 
-def ce(x, y):
-    return lambda x_adv: F.cross_entropy(attacked_net(x_adv), y, reduction='none')
+def ce(net, y):
+    return lambda x_adv: F.cross_entropy(net(x_adv), y, reduction='none')
 
-def margin(x, y):
-    return lambda x_adv: cw_margin(attacked_net(x_adv), y)
+def margin(net, y):
+    return lambda x_adv: cw_margin(net(x_adv), y)
 
-def iterated(objective):
-    settings = dict(eps=eps, step_size=step_size, steps=args.steps, norm=args.norm)
-    return lambda x, y: pgd(objective(x, y), x, **settings)
+def iterated(objective=ce, net=attacked_net, eps=eps, step_size=step_size, steps=args.steps, init='uniform'):
+    settings = dict(eps=eps, step_size=step_size, steps=steps, init=init, norm=args.norm)
+    return lambda x, y: (pgd(objective(net, y), x, **settings), None)
 
-def part(name):
+def part(name, net):
     """One of AutoAttack's four, as its version standard runs it on one batch."""
     # it takes views of x and of its gradient, which channels_last memory refuses: contiguous
     # outside, any layout inside
-    predict = lambda x: attacked_net(x.flatten(1).view(x.shape).contiguous(memory_format=models.layout(device)))
+    logits = lambda x: net(x.flatten(1).view(x.shape).contiguous(memory_format=models.layout(device)))
     def attack(x, y):
-        aa = AutoAttack(predict, norm=args.norm, eps=eps, seed=args.seed, version='standard', device=device)
+        aa = AutoAttack(logits, norm=args.norm, eps=eps, seed=args.seed, version='standard', device=device)
         aa.attacks_to_run = [name]
         aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, d.classes - 1)
-        return aa.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))[0]
+        if args.compile:
+            logits(x)                           # compiling under its eyes looks to it like a dynamic defense
+        x_adv, taken_for = aa.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
+        return x_adv, (taken_for != y).sum().item()
     return attack
 
-ATTACKS = dict(fgsm=lambda x, y: fgsm(ce(x, y), x, eps=eps, norm=args.norm),
-               pgd=iterated(ce), cw=iterated(margin), **{name: part(name) for name in PARTS})
+# name -> attack, its eps, forward and backward passes per image as timed (for the time that is left)
+SWEEPS = {**{f'pgd-{args.steps} at eps {e:g}': (iterated(eps=e / 255, step_size=step_size * e / args.eps),
+                                                e / 255, args.steps) for e in args.sweep_eps},
+          **{f'pgd-{k}': (iterated(steps=k), eps, k) for k in args.sweep_steps}}
+ATTACKS = {'fgsm': (lambda x, y: (fgsm(ce(attacked_net, y), x, eps=eps, norm=args.norm), None), eps, 1),
+           'pgd': (iterated(), eps, args.steps), 'cw': (iterated(margin), eps, args.steps),
+           'transfer': (iterated(net=source), eps, args.steps),
+           'weak': (iterated(eps=0.1, step_size=2 / 255, steps=2, init='zero'), 0.1, 2),
+           'strong': (iterated(eps=0.5, step_size=0.5, steps=2, init='zero'), 0.5, 2),
+           **{name: (part(name, half_net), eps, cost) for name, cost in zip(PARTS, (100, 800, 1500, 2100))},
+           **{f'{name} again': (part(name, attacked_net), eps, cost) for name, cost in zip(FAST, (100, 800))},
+           **SWEEPS}
 
-warned = []
-class Warnings(logging.Handler):
-    """AutoAttack's own warnings (randomised, zero gradients, Square wins) belong in the report."""
-    def emit(self, record):
-        warned.append(record.getMessage())
-logging.getLogger('auto-attack').addHandler(Warnings(logging.WARNING))
-logging.getLogger('auto-attack').propagate = False
+warned, theirs = [], logging.getLogger('auto-attack')   # its own warnings (randomised, zero gradients, Square
+theirs.propagate, listener = False, logging.Handler(logging.WARNING)    # wins) belong in the report
+listener.emit = lambda record: warned.append(record.getMessage())
+theirs.addHandler(listener)
 
 @torch.no_grad()
-def correct(x, y):
-    """(n,) bool: x is classified as y."""
-    return torch.cat([model(xb).argmax(1) == yb
-                      for xb, yb in zip(x.split(args.batch_size), y.split(args.batch_size))])
+def predict(x):
+    """(n,) the class of every image; the verdict."""
+    logits = torch.cat([model(xb) for xb in x.split(args.batch_size)])
+    if not logits.isfinite().all():
+        sys.exit(f'{args.checkpoint} returns non-finite logits under attack: nothing to evaluate')
+    return logits.argmax(1)
 
 def attacked(name, x, y, seed):
-    """One batch -> which of it are still classified correctly, how far x went, what AutoAttack warned of."""
+    """One batch -> what it is taken for, how far x went, what the attack says it broke and warned of."""
     torch.manual_seed(seed)
     warned.clear()
-    x_adv = ATTACKS[name](x, y)
-    delta = (x_adv - x).flatten(1)
-    moved = (delta.abs().amax() if args.norm == 'Linf' else delta.norm(dim=1).max()).item()
-    if not (moved <= eps * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
+    attack, radius, _ = ATTACKS[name]
+    x_adv, broken = attack(x, y)
+    moved = distance(x_adv, x, args.norm).max().item()
+    if not (moved <= radius * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
         sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): '
                  'its result is worth nothing')
-    return dict(robust=correct(x_adv, y), moved=moved, warned=list(warned))     # recounted, whatever it says
+    return dict(predicted=predict(x_adv).cpu(), moved=moved, broken=broken, warned=list(warned),
+                x_adv=x_adv.cpu() if args.save_adv and radius == eps else None)
 
-def survivors(name, alive):
-    """(n,) bool: which of the alive images withstand the attack; the others are not attacked.
-    Also the largest step taken."""
-    still, moved = alive.clone(), 0.0
+def survivors(name, predicted, todo=None):
+    """(n,) what the images are taken for after the attack, and the largest step taken. Those not todo
+    (default: those still right) are not attacked."""
+    predicted, moved, counts = predicted.clone(), 0.0, recount.setdefault(name, dict(attack=0, here=0))
+    _, radius, cost = ATTACKS[name]
+    todo = predicted == y_test if todo is None else todo.clone()
+    plan.remove(name)
     for restart in range(args.restarts if name in ('pgd', 'cw') else 1):
-        index = still.nonzero()[:, 0]
+        index = todo.nonzero()[:, 0]
         batches = index.split(args.batch_size) if len(index) else []
-        keys = [f'{name}-{restart}-{k}-{hashlib.sha256(i.cpu().numpy().tobytes()).hexdigest()[:12]}'
+        keys = [f'{name}-{restart}-{k}-{hashlib.sha256(i.numpy().tobytes()).hexdigest()[:12]}'
                 for k, i in enumerate(batches)]
-        for k, i in enumerate(tqdm(batches, desc=name, leave=False, disable=None)):
+        standing = (taken == y_test).sum().item()               # the attacks to come get at most these
+        to_come = cost * len(index) + sum(ATTACKS[other][2] for other in plan) * standing
+        bar.total = bar.n + to_come / shard[1]
+        bar.set_description(name)
+        for k, i in enumerate(batches):
+            seed = args.seed + 1000 * restart + k
             if saved.mine(k):
-                seed = args.seed + 1000 * restart + k
-                saved.compute(keys[k], lambda: attacked(name, x_test[i], y_test[i], seed))
+                new = saved.compute(keys[k], lambda: attacked(name, x_test[i], y_test[i].to(device), seed))
+                bar.total -= 0 if new else cost * len(i)
+                bar.update(cost * len(i) if new else 0)
         for k, i in enumerate(batches):
             batch = saved.read(keys[k])
-            still[i], moved = batch['robust'].to(device), max(moved, batch['moved'])
-            notes.extend(note for note in batch['warned'] if note not in notes)
-    return still, moved
+            predicted[i], moved = batch['predicted'], max(moved, batch['moved'])
+            todo[i] = predicted[i] == y_test[i]
+            if radius == eps:
+                j = taken[i] == y_test[i]
+                taken[i[j]] = predicted[i[j]]
+                if args.save_adv:
+                    x_worst[i[j]] = batch['x_adv'][j]
+            if batch['broken'] is not None:
+                counts['attack'] += batch['broken']
+                counts['here'] += (~todo[i]).sum().item()
+            aa_warnings.extend(w for w in batch['warned'] if w not in aa_warnings)
+    return predicted, moved
 
 # -----------------------------------------------------------------------------
 # report
 
-def summary(mask):
-    """Accuracy in percent with a 95 % Wilson interval, and per class with mean, standard
-    deviation and worst."""
-    k, z = mask.sum().item(), 1.96
-    centre, half = (k + z * z / 2) / (n + z * z), z * math.sqrt(k * (n - k) / n + z * z / 4) / (n + z * z)
-    per_class = {int(c): 100 * mask[y_test == c].float().mean().item() for c in y_test.unique()}
-    values = torch.tensor(list(per_class.values()), dtype=torch.float64)
-    return dict(accuracy=100 * k / n, correct=k, n=n, interval=[100 * (centre - half), 100 * (centre + half)],
-                per_class=per_class, robust=''.join('01'[b] for b in mask.tolist()),
-                class_mean=values.mean().item(),
-                class_std=values.std(correction=0).item(), class_worst=min(per_class, key=per_class.get))
-
 def save(complete):
-    report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), model=model.config,
-                  trained={k: v for k, v in meta.items() if k != 'config'}, dataset=args.dataset,
-                  images=f'first {n} of {len(d.y_test)} test images', norm=args.norm, eps=eps,
-                  eps_pixels=args.eps, results=results, notes=notes, complete=complete, args=vars(args),
-                  precision='float32', **environment(device))
+    report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), evaluated=evaluated,
+                  model=model.config, trained={k: v for k, v in meta.items() if k != 'config'},
+                  dataset=args.dataset, images=f'first {n} of {len(d.y_test)} test images', norm=args.norm,
+                  eps=eps, eps_pixels=args.eps, results=results, notes=notes, flags=flags, audit=audited,
+                  complete=complete, args=vars(args), precision='float32', search=search,
+                  **environment(device))
     if saved.mine(0):                                   # of several processes, one reports
-        with atomic(args.out) as tmp, open(tmp, 'w') as f:
-            json.dump(report, f, indent=1)
+        write(args.out, report)
 
-def report(row, mask, seconds, moved=None):
+def row(name, predicted, seconds, moved=None):
     """One line on the screen; the file holds everything so far."""
-    s = results[row.strip()] = dict(summary(mask), seconds=seconds, max_perturbation=moved and 255 * moved)
-    low, high = s['interval']
-    print(f"{row:<28}{s['accuracy']:8.2f}   {low:6.2f} - {high:6.2f}{s['class_mean']:10.2f}"
-          f"{s['class_std']:8.2f}{s['per_class'][s['class_worst']]:8.2f} ({s['class_worst']}){seconds:10.0f}",
-          flush=True)
+    s = results[name.strip()] = dict(summary(predicted, y_test, d.classes), seconds=seconds,
+                                     max_perturbation=moved and 255 * moved)
+    bar.clear()
+    print(line(name, **s), flush=True)
     save(complete=False)
 
-def autoattack(clean, parts=PARTS, row='autoattack (worst case)'):
-    """The standard version, part by part on the images left; with --individual also each
-    part on all. (n,) bool."""
-    alive, before, after = clean, {}, {}
-    t0 = time.perf_counter()
+def autoattack(parts, label):
+    """The standard version, part by part on the images left; with --individual also each part on all."""
+    alive, before, after, t0 = clean, {}, {}, time.perf_counter()
     for name in parts:
-        t1, before[name] = time.perf_counter(), alive
+        t1, before[name] = time.perf_counter(), alive == y_test
         alive, moved = survivors(name, alive)
         after[name] = alive
-        report(f'  autoattack, after {name}', alive, time.perf_counter() - t1, moved)
-    broken = int((before['square'] & ~alive).sum()) if 'square' in parts else 0
-    if broken > 0.002 * n:                      # the authors' own check, which needs all parts in one call
-        notes.append(f'Square broke {broken} images that had withstood the gradients: is something masked?')
-    report(row, alive, time.perf_counter() - t0)
+        row(f'  autoattack, after {name}', alive, time.perf_counter() - t1, moved)
+    row(label, alive, time.perf_counter() - t0)
     for name in parts if args.individual else ():
         t1 = time.perf_counter()
-        rest, moved = survivors(name, clean & ~before[name])
-        report(f'  {name} alone', rest | after[name], time.perf_counter() - t1, moved)
-    return alive
+        plan.append(name)
+        rest, moved = survivors(name, clean, (clean == y_test) & ~before[name])
+        row(f'  {name} alone', torch.where(before[name], after[name], rest), time.perf_counter() - t1, moved)
 
 where = (f'epoch {meta.get("epoch")}, selected by {meta.get("selected_by")}' if meta else
          'weights only, provenance unknown')
 print(f'{args.checkpoint} ({fingerprint(model)}): {model.config["name"]}, {where}')
 print(f'{args.dataset}, the first {n} of {len(d.y_test)} test images; '
-      f'{args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}'
+      f'{args.norm} eps {args.eps:g}/255 = {eps:.5f}; fp32 on {device.type}; search: {search}'
       + f'; {args.branch} BN' * model.config['dual_bn'])
-with torch.no_grad():
-    logits = model(x_test[:args.batch_size])
-    if logits.shape != (len(x_test[:args.batch_size]), d.classes):
-        sys.exit(f'{args.checkpoint} returns {tuple(logits.shape)}, not {d.classes} logits per image')
-    if not logits.isfinite().all():
-        sys.exit(f'{args.checkpoint} returns non-finite logits on clean images: nothing to evaluate')
-print(f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}"
-      f"{'worst':>12}{'seconds':>10}")
-torch.manual_seed(args.seed)
-results, started = {}, time.perf_counter()
+print('logits: norm {logit_norm:.2f}, margin {margin:.2f}, confidence {confidence:.3f}; '
+      '{zero_gradient:.1%} of the gradient is exactly zero'.format(**first))
+again = [f'{name} again' for name in FAST] if bf16 else []      # in fp32, on what the search in bf16 has left
+STAGES = {'autoattack': (PARTS + again, 'autoattack (worst case)'),
+          'aa-fast': (FAST + again, 'aa-fast (two of the four attacks)')}
+within = args.attacks + ['transfer'] * bool(source)
+todo = within + [*SWEEPS]
+plan = [part for name in todo if name != 'clean' for part in STAGES.get(name, ([name],))[0]]
+results, recount, aa_warnings, audited = {}, {}, [], []
+bar = tqdm(total=1, disable=None, leave=False,
+           bar_format='{desc} {percentage:.0f}% |{bar:40}| {elapsed} gone, {remaining} left')
 try:
     with attack_mode(model), branch(model, args.branch):
-        clean = correct(x_test, y_test)
-        report('clean', clean, time.perf_counter() - started)
-        worst = clean
-        for name in args.attacks:
+        if args.audit and todo != ['clean'] and (eps < 1 or args.norm == 'L2') and saved.mine(0):
+            saved.compute('audit', lambda: dict(checks=[list(check) for check in audit.audit(
+                model, x_test[:100], y_test[:100].to(device), eps=eps, step_size=step_size, norm=args.norm,
+                seed=args.seed, transfer=source)]))
+            checks = [audit.Check(*check) for check in saved.read('audit')['checks']]
+            audited = [dict(check._asdict(), figure=check.figure if math.isfinite(check.figure) else None)
+                       for check in checks]                     # JSON has no NaN
+            print(audit.overall(checks), *[f'  {check.name}: {check.text}' for check in checks
+                                           if check.verdict == 'suspicious'], sep='\n', flush=True)
+        print(HEADER)
+        started = time.perf_counter()
+        clean = predict(x_test).cpu()
+        taken, x_worst = clean.clone(), x_test.cpu().clone() if args.save_adv else None
+        row('clean', clean, time.perf_counter() - started)
+        if adv:
+            verified = predict(x_adv).cpu()
+            row('verified', verified, time.perf_counter() - started)
+            taken = torch.where(taken == y_test, verified, taken)
+        for name in todo:
             t0 = time.perf_counter()
-            if name == 'autoattack':
-                worst = worst & autoattack(clean)
-            elif name == 'aa-fast':
-                worst = worst & autoattack(clean, FAST, 'aa-fast (two of the four attacks)')
-            elif name != 'clean':
-                mask, moved = survivors(name, clean)
-                report(f'{name}-{args.steps}' if name in ('pgd', 'cw') else name, mask,
-                       time.perf_counter() - t0, moved)
-                worst = worst & mask
-        if len(args.attacks) > 2:
-            report('all of the above', worst, time.perf_counter() - started)
+            if name in STAGES:
+                autoattack(*STAGES[name])
+            elif name not in ['clean', *results]:
+                predicted, moved = survivors(name, clean)
+                row(f'{name}-{args.steps}' if name in ('pgd', 'cw') else name, predicted,
+                    time.perf_counter() - t0, moved)
+            if name == within[-1] and len(within) > 2:
+                row('all of the above', taken, time.perf_counter() - started)
+        bar.close()
 except KeyboardInterrupt:
     sys.exit(f'\nstopped; {args.out} holds the rows above, and the same command continues')
 
-accuracy = {name: r['accuracy'] for name, r in results.items()}
-if {f'pgd-{args.steps}', 'autoattack (worst case)'} <= set(results):
-    notes.append(f"PGD-{args.steps} is "
-                 f"{accuracy[f'pgd-{args.steps}'] - accuracy['autoattack (worst case)']:.2f} "
-                 "points above AutoAttack")
-if abs(meta.get('val_clean', accuracy['clean']) - accuracy['clean']) > max(10, 300 / math.sqrt(n)):
-    notes.append(f"clean accuracy is {accuracy['clean']:.1f} here and was {meta['val_clean']:.1f} "
-                 "on the hold-out in training")
-if (run.get('norm', args.norm), run.get('eps', args.eps)) != (args.norm, args.eps):
-    notes.append(f"trained against {run['norm']} {run['eps']:g}/255, "
-                 f"attacked with {args.norm} {args.eps:g}/255")
-if n < 10000:
-    notes.append(f'{n} images: not comparable with a leaderboard, mind the interval')
+flags = find_flags(first, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, n)
+notes += [flag['text'] for flag in flags.values() if flag['text']]
 for note in notes:
     print(f'note: {note}')
+if args.save_adv and saved.mine(0):
+    checkpoint.save(args.save_adv, dict(x_adv=x_worst, robust=taken == y_test, evaluated=evaluated))
+    print(args.save_adv)
 save(complete=True)
 if shard[1] == 1:
     saved.delete()
 print(args.out)
+worst = taken == y_test                                 # for tests
+if args.figures and saved.mine(0):
+    from figures import draw                            # matplotlib, where it is asked for
+    try:
+        draw(args.out, args.checkpoint)
+    except (ValueError, OSError) as e:
+        sys.exit(f'no figures: {e}')

@@ -40,12 +40,14 @@ class Saved:
         return k % self.shard[1] == self.shard[0]
 
     def compute(self, key, fn):
-        """fn(), unless an earlier process has been here."""
+        """fn(), unless an earlier process has been here. Returns whether there was anything to do."""
         path = f'{self.folder}/{key}.pt'
-        if not os.path.exists(path):
-            result = fn()
-            with atomic(path) as tmp:
-                torch.save(result, tmp)
+        if os.path.exists(path):
+            return False
+        result = fn()
+        with atomic(path) as tmp:
+            torch.save(result, tmp)
+        return True
 
     def read(self, key):
         """What compute() stored, in this process or in another one."""

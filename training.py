@@ -186,8 +186,8 @@ def leave(args, now):
 
 # -----------------------------------------------------------------------------
 # several processes: torchrun --nproc-per-node 2 train_adv.py ... Each takes its share of every batch.
-# Gradients are averaged by hand: the loss has two forwards, AWP differentiates as well, and their 45 MB take a
-# millisecond
+# Gradients are averaged by hand: the loss has two forwards, AWP differentiates as well, and their 45 MB take
+# a millisecond
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1

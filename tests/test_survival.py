@@ -101,12 +101,13 @@ def test_the_teacher_resumes_too(tmp_path):
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29517']
 # one update, no noise, and no sign of a gradient near zero: what differs is the order of the sums
-PLAIN = ['--loss', 'pgd_at', '--norm', 'L2', '--init', 'zero', '--epochs', '1', '--subset', '32', '--lr', '0.01']
+PLAIN = ['--loss', 'pgd_at', '--norm', 'L2', '--init', 'zero', '--epochs', '1', '--subset', '32',
+         '--lr', '0.01']
 
 @pytest.mark.parametrize('flags', [['--sync-bn'], []], ids=['sync-bn', 'local-bn'])
 def test_two_processes_are_one(flags, tmp_path):
-    """The same global batch: with common BN statistics the same network; without, another one, because each half
-    was normalised by itself."""
+    """The same global batch: with common BN statistics the same network; without, another one, because each
+    half was normalised by itself."""
     subprocess.run([*ADV, str(tmp_path / '1'), *PLAIN], check=True, stdout=subprocess.DEVNULL)
     subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path / '2'), *PLAIN, *flags], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
