@@ -388,6 +388,8 @@ except KeyboardInterrupt:
 
 flags = find_flags(first, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, n)
 notes += [flag['text'] for flag in flags.values() if flag['text']]
+if bf16:
+    notes.append('searched in bf16 first: what withstands it met FAB and Square in bf16 only')
 for note in notes:
     print(f'note: {note}')
 if args.save_adv and saved.mine(0):

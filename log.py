@@ -27,10 +27,10 @@ def atomic(path):
         with contextlib.suppress(FileNotFoundError):
             os.remove(tmp)
 
-def new_run(folder, resume=False):
-    """Make folder and prove that it can be written. Returns a lock on it, which lasts as long as the process.
-    Raises ValueError if another run is at work in it, or has been, unless it is to be continued; exits with
-    status 0 if that one is finished."""
+def new_run(folder, resume=False, epochs=0):
+    """Make folder and prove that it can be written. Returns a lock on it, which lasts as long as the process,
+    or None if the run in it, of so many epochs, is to be continued and is finished. Raises ValueError if
+    another one is at work in it, or has been and is not to be continued."""
     try:
         os.makedirs(folder, exist_ok=True)
         lock = open(f'{folder}/.lock', 'w')
@@ -44,10 +44,18 @@ def new_run(folder, resume=False):
             raise ValueError(f'{folder} holds an unfinished run: continue it with --resume, '
                              'choose another --out, or delete it')
         if not begun and os.path.exists(f'{folder}/last.pt'):
-            if resume:
-                print(f'{folder} is finished: nothing to resume')
-                raise SystemExit
-            raise ValueError(f'{folder} holds a trained model already: choose another --out, or delete it')
+            if not resume:
+                raise ValueError(f'{folder} holds a trained model already: choose another --out, '
+                                 'or delete it')
+            with contextlib.suppress(FileNotFoundError), open(f'{folder}/log.jsonl') as f:
+                lines = f.readlines()                           # the configuration, a line per epoch
+                wanted = json.loads(lines[0])['epochs'] if lines else 0
+                if 0 < wanted < len(lines):
+                    if wanted != epochs:
+                        raise ValueError(f'{folder} holds a finished run of {wanted} epochs, not {epochs}: '
+                                         'choose another --out')
+                    print(f'{folder} is finished: nothing to resume')
+                    return None
         if not begun:
             with atomic(f'{folder}/log.jsonl') as tmp:
                 open(tmp, 'w').close()

@@ -112,6 +112,8 @@ def make(product, command):
         return
     if os.path.isdir(product):
         shutil.rmtree(product)                  # half a training, or another one
+    elif '"complete": false' not in text(product) and os.path.exists(product):
+        os.remove(product)                      # a report of other flags; half a one is continued
     print(f'$ python {command}', flush=True)
     script, *argv = shlex.split(command)
     argv += ['--data-dir', args.data_dir] if args.data_dir != 'data' else []

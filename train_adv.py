@@ -62,21 +62,17 @@ def standard_teacher():
     """Path of this dataset and model's, trained now if need be (section 3: "it is feasible to train our own
     teacher model")."""
     folder = f'runs/{task}-teacher'
-    if os.path.exists(f'{folder}/last.pt'):
-        last = load_checkpoint(f'{folder}/last.pt')[1]
-        if last['epoch'] < last['run']['epochs']:
-            raise ValueError(f'the teacher in {folder} is at epoch {last["epoch"]} of '
-                             f'{last["run"]["epochs"]}: wait for it or delete the folder, '
-                             f'or pass {folder}/best.pt as it is')
+    last = load_checkpoint(f'{folder}/last.pt')[1] if os.path.exists(f'{folder}/last.pt') else None
+    if last and last['epoch'] == last['run']['epochs']:
         print(f'no teacher given: taking {folder}/best.pt, trained earlier', flush=True)
     elif world > 1:
         raise ValueError(f'no teacher given, and none in {folder}: train it first, with train_teacher.py')
     else:
-        print(f'no teacher given, and none in {folder}: training it first', flush=True)
+        print(f'no teacher given, and none in {folder} that is finished: training it first', flush=True)
         flags = [f'--{k.replace("_", "-")}={getattr(args, k)}'
                  for k in ('dataset', 'data_dir', 'model', 'amp')]
         flags += [f'--{k}={getattr(args, k)}' for k in ('width', 'subset') if getattr(args, k)]
-        flags += ['--normalize'] * args.normalize + [f'--out={folder}']
+        flags += ['--normalize'] * args.normalize + [f'--out={folder}', '--resume']
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_teacher.py')
         if status := subprocess.run([sys.executable, script, *flags]).returncode:
             sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')
@@ -112,9 +108,12 @@ try:
     tags += [k if v is True else f'{k}{os.path.basename(str(v))}' for k, v in named.items()]
     task = data.task(args)
     args.out = args.out or f'runs/{"-".join([task, args.loss, *tags])}-s{args.seed}'
-    lock = new_run(args.out, args.resume) if rank == 0 else None
+    lock = new_run(args.out, args.resume, args.epochs) if rank == 0 else None
+    if training.anywhere(rank == 0 and lock is None)[0]:
+        sys.exit()                                      # there is nothing left to do
     d = data.load(args.dataset, args.data_dir, subset=args.subset, device=device)
     extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
+    training.check(args, world, len(d.y_train))
     mean, std = d.statistics() if args.normalize else (None, None)
     torch.manual_seed(args.seed)
     student = models.build(args.model, d.classes, mean=mean, std=std, **shape)
@@ -230,7 +229,7 @@ target = functools.partial(TARGETS[args.targets], smoothing=args.smoothing) if a
 def update(x, y):
     """One step of the optimiser. -> the loss, on the device."""
     total = 0.0
-    for x, y in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+    for x, y in [(x[k::args.accumulate], y[k::args.accumulate]) for k in range(args.accumulate)]:
         x_adv = craft(x, y)
         perturbed = contextlib.nullcontext()
         if args.awp and now.steps >= args.awp_warmup * total_steps:
@@ -244,7 +243,7 @@ def update(x, y):
         total += loss.detach()
     if args.free:
         eps = args.eps / 255    # Shafahi et al. 2019: the step is eps
-        now.delta.add_(eps * x_adv.grad.sign()).clamp_(-eps, eps)
+        now.delta.add_(eps * x_adv.grad.nan_to_num(0.0).sign()).clamp_(-eps, eps)
     training.average([p.grad for p in parameters if p.grad is not None])
     scaler.step(optimizer)
     scaler.update()
@@ -274,7 +273,7 @@ def epoch_batches():
             continue
         x, y = x[rank::world], y[rank::world]
         if more is not None:
-            more = more[rank::world]
+            more = more[world - 1 - rank::world]        # with its share of the others as many as everyone
             y_more = torch.full((len(more),), -1, device=device)    # nobody looks at it, or the teacher says
             if labels_extra:
                 with torch.no_grad():
@@ -312,7 +311,8 @@ for net, role in ((teacher, 'teacher'), (standard, 'standard_teacher')):
 config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train),
               val_images=len(d.y_val), teachers=about, precision=str(dtype or torch.float32), processes=world,
               **environment(device))
-run = dict(vars(args), teachers={role: known['fingerprint'] for role, known in about.items()})
+run = dict(vars(args), teachers={role: known['fingerprint'] for role, known in about.items()},
+           device=device.type)
 if args.resume:
     try:
         training.load_state(args.out, run, now, parts)
@@ -346,11 +346,13 @@ with training.guarded(args, now) as stop:
             now.batch, images = now.batch + 1, images + world * len(x)
             leaving, due = training.anywhere(stop.asked, training.due(args, now))
             if leaving or due:
-                now.seconds += time.perf_counter() - begun
+                saving = time.perf_counter()
+                now.seconds += saving - begun
                 training.save_state(args.out, run, now, parts)
                 if leaving:
                     training.leave(args, now)
-                begun, images = time.perf_counter(), 0
+                now.seconds -= saving - begun
+                begun += time.perf_counter() - saving
         step_losses = torch.tensor([loss.item() for loss in now.losses])        # one wait per epoch
         now.seconds += time.perf_counter() - begun
         img_per_s = images / (time.perf_counter() - begun)

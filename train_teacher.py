@@ -8,7 +8,7 @@ $ python train_teacher.py --dataset digits                 # no download, no GPU
 The recipe is train_adv.py's, without the adversary: Al-Najjar et al. train "all the models" with it. best.pt
 is the epoch of the highest clean accuracy on held-out training images; the test set takes no part.
 """
-import argparse, itertools, time
+import argparse, itertools, sys, time
 from types import SimpleNamespace
 
 import torch
@@ -41,8 +41,11 @@ try:
     with torch.device('meta'):
         models.build(args.model, 10, width=args.width)
     args.out = args.out or f'runs/{data.task(args)}-teacher'
-    lock = new_run(args.out, args.resume) if rank == 0 else None
+    lock = new_run(args.out, args.resume, args.epochs) if rank == 0 else None
+    if training.anywhere(rank == 0 and lock is None)[0]:
+        sys.exit()                                      # there is nothing left to do
     d = data.load(args.dataset, args.data_dir, subset=args.subset, device=device)
+    training.check(args, world, len(d.y_train))
     mean, std = d.statistics() if args.normalize else (None, None)
     torch.manual_seed(args.seed)
     model = models.build(args.model, d.classes, width=args.width, mean=mean, std=std,
@@ -86,9 +89,10 @@ def validate():
 config = dict(vars(args), augment=d.augment, classes=d.classes, train_images=len(d.y_train),
               val_images=len(d.y_val), precision=str(dtype or torch.float32), processes=world,
               **environment(device))
+run = dict(vars(args), device=device.type)
 if args.resume:
     try:
-        training.load_state(args.out, vars(args), now, parts)
+        training.load_state(args.out, run, now, parts)
     except ValueError as e:
         parser.error(e)
 rule = f'clean accuracy on {len(d.y_val)} held-out training images'
@@ -107,7 +111,8 @@ with training.guarded(args, now) as stop:
                          leave=False, disable=None if rank == 0 else True):
             x, y = x[rank::world], y[rank::world]
             total = 0.0
-            for x_part, y_part in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+            for k in range(args.accumulate):
+                x_part, y_part = x[k::args.accumulate], y[k::args.accumulate]
                 loss = F.cross_entropy(logits_of(x_part), y_part) / args.accumulate
                 scaler.scale(loss).backward()
                 total += loss.detach()
@@ -120,11 +125,13 @@ with training.guarded(args, now) as stop:
             now.batch, images = now.batch + 1, images + world * len(x)
             leaving, due = training.anywhere(stop.asked, training.due(args, now))
             if leaving or due:
-                now.seconds += time.perf_counter() - begun
-                training.save_state(args.out, vars(args), now, parts)
+                saving = time.perf_counter()
+                now.seconds += saving - begun
+                training.save_state(args.out, run, now, parts)
                 if leaving:
                     training.leave(args, now)
-                begun, images = time.perf_counter(), 0
+                now.seconds -= saving - begun
+                begun += time.perf_counter() - saving
         losses = torch.tensor([loss.item() for loss in now.losses])         # one wait per epoch
         now.seconds += time.perf_counter() - begun
         img_per_s = images / (time.perf_counter() - begun)
@@ -143,7 +150,7 @@ with training.guarded(args, now) as stop:
         now.epoch, now.batch, now.losses, now.order = now.epoch + 1, 0, [], generator.get_state()
         now.best = max(now.best, clean)
         if now.epoch <= args.epochs:
-            training.save_state(args.out, vars(args), now, parts)
+            training.save_state(args.out, run, now, parts)
     if rank == 0:
         table.curves('val_clean')
         training.finished(args.out)

@@ -6,7 +6,7 @@ from, one line for whatever goes wrong, and several processes, started by torchr
     with guarded(args, now) as stop:                # signals and errors
         ... if stop.asked: save_state(...)
 """
-import argparse, contextlib, os, resource, shlex, signal, sys, time
+import argparse, contextlib, math, os, shlex, signal, sys, time
 
 import torch
 import torch.distributed as dist
@@ -39,8 +39,8 @@ def add_args(parser):
                    help='a state to resume from at least this often, and after every epoch')
     g.add_argument('--out', metavar='DIR', help='default: runs/DATASET-MODEL-...')
 
-def check(args, world):
-    """Raises ValueError for what no training can do."""
+def check(args, world, images=None):
+    """Raises ValueError for what no training can do. images: how many there are, once that is known."""
     for low, flags in ((0, ('lr', 'weight_decay', 'save_minutes')), (1, ('epochs', 'accumulate')),
                        (2, ('batch_size',))):
         for flag in flags:
@@ -52,6 +52,8 @@ def check(args, world):
     if args.compile and not torch.cuda.is_available() and (args.width or 64) < 8:
         raise ValueError(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
     parts = world * args.accumulate
+    if images and parts > 1 and images < args.batch_size:
+        raise ValueError(f'--batch-size {args.batch_size}: there are {images} training images to share')
     if args.batch_size % parts or args.batch_size < 2 * parts:
         raise ValueError(f'--batch-size {args.batch_size} in {world} processes times {args.accumulate} '
                          f'parts: a multiple of {parts}, and at least two images in each')
@@ -81,6 +83,10 @@ def peak_gib(device):
     """The most memory held so far: of the GPU, or of this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    try:
+        import resource
+    except ImportError:                     # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20)
 
 # -----------------------------------------------------------------------------
@@ -96,6 +102,14 @@ def save_state(folder, run, now, parts):
                 cuda_noise=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
     mine = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in mine.items()}
     mine['losses'] = [loss.item() for loss in now.losses]
+    # without --sync-bn each process has BN statistics of its own until the end of the epoch
+    modules = {k: part for k, part in parts.items() if isinstance(part, torch.nn.Module)}
+    mine['buffers'] = {k: [b.cpu() for b in module.buffers()] for k, module in modules.items()}
+    sound = all(map(math.isfinite, mine['losses'])) and all(
+        bool(p.isfinite().all()) for module in modules.values() for p in module.parameters())
+    broken, = anywhere(not sound)
+    if broken:                              # the state before this one is still good
+        raise FloatingPointError(f'non-finite loss or weights in epoch {now.epoch}, up to batch {now.batch}')
     everyones = [mine] * world_size()
     if world_size() > 1:
         dist.all_gather_object(everyones, mine)
@@ -108,7 +122,11 @@ def load_state(folder, run, now, parts):
     """The reverse, if there is a state. Raises ValueError if it is that of other flags or of another number
     of processes."""
     path = f'{folder}/state.pt'
-    if not os.path.exists(path):
+    here = os.path.exists(path)
+    somewhere, = anywhere(here)
+    if somewhere and not here:
+        raise ValueError(f'--resume: {path} is not on this machine: --out has to be on a disk that all see')
+    if not here:
         return
     state = read(path)
     for k in sorted(state['run'].keys() | run.keys()):
@@ -127,6 +145,9 @@ def load_state(folder, run, now, parts):
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(cuda_noise)
     mine['losses'] = [torch.tensor(loss) for loss in mine['losses']]
+    for k, buffers in mine.pop('buffers').items():
+        for buffer, value in zip(parts[k].buffers(), buffers):
+            buffer.copy_(value)
     vars(now).update({k: v.to(getattr(now, k).device) if isinstance(v, torch.Tensor) else v
                       for k, v in mine.items()}, saved=time.perf_counter())
 
@@ -152,7 +173,7 @@ class Stop:
     """asked: by SIGTERM, as a cluster sends it, or by a first Ctrl-C. The second Ctrl-C does not wait."""
     asked = False
     def __call__(self, number, frame):
-        if self.asked:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
 
@@ -181,8 +202,11 @@ def guarded(args, now):
 
 def leave(args, now):
     """After save_state: out, with the command that continues."""
+    if not is_first():
+        sys.exit(1)
+    launcher = f'torchrun --nproc-per-node {os.environ["LOCAL_WORLD_SIZE"]}' if world_size() > 1 else 'python'
     command = shlex.join([sys.argv[0], *sys.argv[1:], *['--resume'] * (not args.resume)])
-    sys.exit(f'\nstopped in epoch {now.epoch}, batch {now.batch}. Continue with: python {command}')
+    sys.exit(f'\nstopped in epoch {now.epoch}, batch {now.batch}. Continue with: {launcher} {command}')
 
 # -----------------------------------------------------------------------------
 # several processes: torchrun --nproc-per-node 2 train_adv.py ... Each takes its share of every batch.
@@ -223,20 +247,21 @@ class SyncBatchNorm2d(torch.nn.BatchNorm2d):
     def forward(self, x):
         if not self.training or world_size() == 1:
             return super().forward(x)
-        moments = torch.stack([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = all_reduce(moments) / world_size()
-        var = square - mean.square()
+        f = x.float()                                   # also under autocast, as torch's
+        mean = all_reduce(f.mean((0, 2, 3))) / world_size()
+        var = all_reduce((f - mean[:, None, None]).square().mean((0, 2, 3))) / world_size()
         if self.track_running_stats:
             n = x.numel() / x.shape[1] * world_size()
             with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * n / (n - 1), self.momentum)
-                self.num_batches_tracked += 1
+                self.num_batches_tracked += 1           # no momentum: the mean of all batches, for --swa
+                momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var * n / (n - 1), momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return (f * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)
 
 def sync_bn(net):
-    """Every BN of net, the auxiliary ones included, becomes a SyncBatchNorm2d; keys and weights stay."""
+    """Every BN of net becomes a SyncBatchNorm2d; keys and weights stay."""
     for module in net.modules():
         if type(module) is torch.nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d

@@ -1,5 +1,5 @@
 """Bad input is one clear line that says what to do, before any work starts; never a traceback."""
-import types
+import subprocess, types
 
 import numpy as np
 import pytest
@@ -8,14 +8,17 @@ import torch
 import checkpoint, models
 from test_smoke import TINY, run, teacher                       # teacher: a fixture
 
-def test_half_a_teacher_is_not_taken(tmp_path, capsys, monkeypatch):
+def test_half_a_teacher_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = 'runs/synthetic-resnet18-w4-n64-teacher'
     checkpoint.save_checkpoint(f'{folder}/last.pt', models.build('resnet18', 10, width=4),
                            dataset='synthetic', epoch=3, run=dict(epochs=9))
-    with pytest.raises(SystemExit):
+    asked = []
+    monkeypatch.setattr(subprocess, 'run', lambda command: asked.append(command) or
+                        types.SimpleNamespace(returncode=2))
+    with pytest.raises(SystemExit, match='no teacher, no student'):
         run('train_adv.py', *TINY, '--out', tmp_path / 'out')
-    assert f'the teacher in {folder} is at epoch 3 of 9' in capsys.readouterr().err
+    assert len(asked) == 1 and {f'--out={folder}', '--resume'} <= set(asked[0])     # it is to be finished
 
 BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss trade', "invalid choice: 'trade'"),

@@ -1,8 +1,12 @@
 """A run that is killed, stopped or moved to several processes ends where an undisturbed one does."""
 import json, pathlib, random, signal, subprocess, sys, time
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+import checkpoint, training
+from log import new_run
 
 HERE = pathlib.Path(__file__).parent.parent
 ADV = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '4',
@@ -128,4 +132,38 @@ def test_two_processes_stop_together_and_continue(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2 and 'was started with 2 processes, not 1' in done.stderr
     subprocess.run([*command, '--resume'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert len(finished(tmp_path)[1]) == 3
+    subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path / 'undisturbed'), '--loss', 'trades'], check=True,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    same(finished(tmp_path), finished(tmp_path / 'undisturbed'))
+    again = subprocess.run([*command, '--resume'], capture_output=True, text=True)
+    assert again.returncode == 0 and 'nothing to resume' in again.stdout
+
+def test_common_statistics_in_reduced_precision_and_for_an_average(tmp_path):
+    subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path), '--loss', 'pgd_at', '--epochs', '2', '--sync-bn', '--amp',
+                    'bf16', '--swa', '0.5', '--awp', '0.005'], check=True, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL)
+    assert len(finished(tmp_path)[1]) == 2
+
+def test_half_a_run_without_a_state_is_not_finished(tmp_path):
+    rows = [dict(epochs=2), dict(epoch=1)]
+    checkpoint.save(tmp_path / 'last.pt', {})
+    for complete in (False, True):
+        (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows + rows[1:] * complete))
+        assert (new_run(tmp_path, resume=True, epochs=2) is None) == complete
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows + rows[1:]))
+    with pytest.raises(ValueError, match='a finished run of 2 epochs, not 3'):
+        new_run(tmp_path, resume=True, epochs=3)
+
+def test_a_state_that_is_no_number_does_not_replace_a_good_one(tmp_path):
+    now, net = SimpleNamespace(epoch=1, batch=3, losses=[torch.tensor(1.0)]), torch.nn.Linear(2, 2)
+    training.save_state(tmp_path, {}, now, dict(net=net))
+    good = (tmp_path / 'state.pt').read_bytes()
+    now.losses.append(torch.tensor(float('nan')))
+    with pytest.raises(FloatingPointError, match='epoch 1'):
+        training.save_state(tmp_path, {}, now, dict(net=net))
+    now.losses = []
+    with torch.no_grad():
+        net.weight.fill_(float('inf'))
+    with pytest.raises(FloatingPointError):
+        training.save_state(tmp_path, {}, now, dict(net=net))
+    assert (tmp_path / 'state.pt').read_bytes() == good
