@@ -1,6 +1,6 @@
 """What composes with every loss: weight perturbation, averages, dual BN, activations, BN order, free
 training, warm starts, images without labels, recipes."""
-import json
+import json, re, subprocess, sys
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import attacks, checkpoint, data, losses, models
 from losses import METHODS
-from test_smoke import TINY, X, Y, net, run, teacher            # net, teacher: fixtures
+from test_smoke import HERE, README, TINY, X, Y, net, run, teacher          # net, teacher: fixtures
 
 def train(out, *flags, loss='trades', epochs=1):
     return run('train_adv.py', '--loss', loss, *TINY, '--steps', 1, '--epochs', epochs, '--out', out, *flags)
@@ -316,3 +316,22 @@ def test_a_recipe_is_taken_and_explicit_flags_win(loss, teacher, tmp_path):
     config = json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[0])
     for k, v in METHODS[loss].recipe.items():
         assert config[k] == (1 if k in ('epochs', 'steps') else v)
+
+# -----------------------------------------------------------------------------
+# README: adding your own
+
+def test_readme_recipe_for_a_loss_of_your_own(tmp_path):
+    """Pasted where its comments say, the new loss trains and its flag exists."""
+    block = re.search(r'```python\n(# losses.py.*?)```', README, re.S)[1]
+    loss, row, name = re.split(r'# .*, .*\n', block)[1:]
+    assert len(block.splitlines()) < 15
+    for file in HERE.glob('*.py'):
+        (tmp_path / file.name).write_text(file.read_text())
+    for file, before, code in [('losses.py', 'def softmax_kl(', loss), ('losses.py', "    'trades': ", row),
+                               ('train_adv.py', '        t_logits      =', name)]:
+        text = (tmp_path / file).read_text()
+        assert text.count(before) == 1
+        (tmp_path / file).write_text(text.replace(before, code.rstrip('\n') + '\n' + before))
+    done = subprocess.run([sys.executable, 'train_adv.py', '--loss', 'trades_flip', '--gamma', '0.5', *TINY,
+                           '--epochs', '1', '--steps', '1'], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and '"gamma": 0.5' in done.stdout, done.stderr
