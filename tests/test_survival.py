@@ -139,8 +139,8 @@ def test_two_processes_stop_together_and_continue(tmp_path):
     assert again.returncode == 0 and 'nothing to resume' in again.stdout
 
 def test_common_statistics_in_reduced_precision_and_for_an_average(tmp_path):
-    subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path), '--loss', 'pgd_at', '--epochs', '2', '--sync-bn', '--amp',
-                    'bf16', '--swa', '0.5', '--awp', '0.005'], check=True, stdout=subprocess.DEVNULL,
+    flags = ['--loss', 'pgd_at', '--epochs', '2', '--sync-bn', '--amp', 'bf16', '--swa', '0.5', '--awp', '0.005']
+    subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path), *flags], check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
     assert len(finished(tmp_path)[1]) == 2
 
@@ -148,9 +148,9 @@ def test_half_a_run_without_a_state_is_not_finished(tmp_path):
     rows = [dict(epochs=2), dict(epoch=1)]
     checkpoint.save(tmp_path / 'last.pt', {})
     for complete in (False, True):
-        (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows + rows[1:] * complete))
+        lines = [json.dumps(row) + '\n' for row in rows + rows[1:] * complete]
+        (tmp_path / 'log.jsonl').write_text(''.join(lines))
         assert (new_run(tmp_path, resume=True, epochs=2) is None) == complete
-    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows + rows[1:]))
     with pytest.raises(ValueError, match='a finished run of 2 epochs, not 3'):
         new_run(tmp_path, resume=True, epochs=3)
 
