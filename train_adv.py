@@ -344,15 +344,7 @@ with training.guarded(args, now) as stop:
                 if args.ema:                        # a short memory in the beginning
                     move_average(1 - min(args.ema, (1 + now.steps) / (10 + now.steps)))
             now.batch, images = now.batch + 1, images + world * len(x)
-            leaving, due = training.anywhere(stop.asked, training.due(args, now))
-            if leaving or due:
-                saving = time.perf_counter()
-                now.seconds += saving - begun
-                training.save_state(args.out, run, now, parts)
-                if leaving:
-                    training.leave(args, now)
-                now.seconds -= saving - begun
-                begun += time.perf_counter() - saving
+            begun += training.pause(args, run, now, parts, stop, begun)
         step_losses = torch.tensor([loss.item() for loss in now.losses])        # one wait per epoch
         now.seconds += time.perf_counter() - begun
         img_per_s = images / (time.perf_counter() - begun)

@@ -151,11 +151,6 @@ def load_state(folder, run, now, parts):
     vars(now).update({k: v.to(getattr(now, k).device) if isinstance(v, torch.Tensor) else v
                       for k, v in mine.items()}, saved=time.perf_counter())
 
-def due(args, now):
-    """Is it time for a state?"""
-    now.saved = getattr(now, 'saved', time.perf_counter())
-    return time.perf_counter() - now.saved > 60 * args.save_minutes
-
 def anywhere(*flags):
     """Each of the flags, if it is raised in any process: they act in the same step."""
     if world_size() == 1:
@@ -199,6 +194,22 @@ def guarded(args, now):
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+
+def pause(args, run, now, parts, stop, begun):
+    """After a step: save a state if it is time to, or if the run is to stop, which ends here. begun: when this
+    epoch did. Returns the seconds that it took."""
+    now.saved = getattr(now, 'saved', begun)
+    saving = time.perf_counter()
+    leaving, due = anywhere(stop.asked, saving - now.saved > 60 * args.save_minutes)
+    if not leaving and not due:
+        return 0.0
+    trained = now.seconds
+    now.seconds += saving - begun               # in the state; here the epoch adds its own
+    save_state(args.out, run, now, parts)
+    now.seconds = trained
+    if leaving:
+        leave(args, now)
+    return time.perf_counter() - saving
 
 def leave(args, now):
     """After save_state: out, with the command that continues."""
