@@ -20,6 +20,8 @@ def load(path):
     try:
         with open(path) as f:
             report = json.load(f)
+        if not report['complete']:
+            raise ValueError
         return {k: report[k] for k in ('results', 'dataset', 'images', 'norm', 'eps_pixels', 'complete')}
     except OSError as e:
         parser.error(f'cannot read {path}: {e.strerror}')

@@ -196,8 +196,8 @@ def guarded(args, now):
             signal.signal(s, handler)
 
 def pause(args, run, now, parts, stop, begun):
-    """After a step: save a state if it is time to, or if the run is to stop, which ends here. begun: when this
-    epoch did. Returns the seconds that it took."""
+    """After a step: save a state if it is time to, or if the run is to stop, which ends here. begun: when
+    this epoch did. Returns the seconds that it took."""
     now.saved = getattr(now, 'saved', begun)
     saving = time.perf_counter()
     leaving, due = anywhere(stop.asked, saving - now.saved > 60 * args.save_minutes)
