@@ -7,7 +7,7 @@ Datasets as uint8 tensors on the device, and batches of fp32 images in [0, 1] cu
 
 DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels integer (N,). Anybody's
 data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes with
-scikit-learn, synthetic is generated.
+scikit-learn, synthetic is generated. imagenet is class folders of files (imagenet.py).
 """
 import argparse, os, zipfile
 from typing import NamedTuple
@@ -16,26 +16,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import imagenet
+from imagenet import Files
 from log import atomic
 
-# What a dataset brings with it; explicit flags win. eps in pixels (0..255).
-# A file of another name gets OTHER.
+# What a dataset brings with it; explicit flags win. eps in pixels (0..255). flags: of both training scripts;
+# epochs, steps: of train_adv.py. A file of another name gets OTHER.
 DATASETS = {
     'cifar10':   dict(classes=10,   augment=True,  eps=8.0),
     'cifar100':  dict(classes=100,  augment=True,  eps=8.0),
     # 1,797 real handwritten digits, 8x8 enlarged to 32x32, strokes on an empty ground: a tenth of the
     # range is a fair eps. Sized for two cores: a narrow network, few epochs, and small batches, for the
     # sake of the number of steps.
-    'digits':    dict(classes=10,   augment=False, eps=25.5, width=8, batch_size=64,
+    'digits':    dict(classes=10,   augment=False, eps=25.5, flags=dict(width=8, batch_size=64),
                       epochs=10, teacher_epochs=8),
-    'synthetic': dict(classes=10,   augment=False, eps=8.0, width=8, batch_size=32,
+    'synthetic': dict(classes=10,   augment=False, eps=8.0,  flags=dict(width=8, batch_size=32),
                       epochs=4, teacher_epochs=4),
+    # Chen & Lee's, appendix A.2 ("divided by 10 at the end of 50-th and 90th epoch", of 90)
+    'imagenet':  dict(classes=None, augment=True,  eps=4.0,
+                      flags=dict(model='torchvision-resnet50', batch_size=320, lr=0.1, schedule='step',
+                                 milestones=[50 / 90], weight_decay=1e-4),
+                      epochs=90, teacher_epochs=90, steps=6),
 }
 OTHER =          dict(classes=None, augment=True,  eps=8.0)
 SPLIT_SEED = 0              # not --seed: a teacher and its students must leave out the same images
 
 class Dataset(NamedTuple):
-    """Images uint8 (N,H,W,3), labels int64 (N,), on one device.
+    """Images uint8 (N,H,W,3) or imagenet.Files, labels int64 (N,), on one device.
     val: training images held out for model selection."""
     name: str
     classes: int
@@ -49,6 +56,8 @@ class Dataset(NamedTuple):
 
     def statistics(self):
         """mean, std: three floats each, of the training images in [0, 1]."""
+        if isinstance(self.x_train, Files):
+            return imagenet.MEAN, imagenet.STD
         x = self.x_train.reshape(-1, 3).double() / 255
         return x.mean(0).tolist(), x.std(0).tolist()
 
@@ -168,8 +177,9 @@ def load(name, folder='data', *, subset=None, device='cpu'):
     elif name in ('digits', 'synthetic'):
         arrays = {'digits': digits, 'synthetic': synthetic}[name]()
     else:
-        arrays = from_torchvision(name, folder)
+        arrays = imagenet.load(folder) if name == 'imagenet' else from_torchvision(name, folder)
     x_train, y_train, x_test, y_test = [
+        a if isinstance(a, Files) else
         torch.from_numpy(np.ascontiguousarray(a, np.uint8 if a.ndim == 4 else np.int64)).to(device)
         for a in arrays]
     order = torch.randperm(len(x_train), generator=torch.Generator().manual_seed(SPLIT_SEED)).to(device)
@@ -180,7 +190,7 @@ def load(name, folder='data', *, subset=None, device='cpu'):
             raise ValueError(f'--subset {subset}: {name} has {len(train)} training images '
                              f'beside the {held_out} held out')
         train = train[:subset]
-    classes = defaults['classes'] or int(y_train.max()) + 1
+    classes = defaults['classes'] or int((y_train if len(y_train) else y_test).max()) + 1
     return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
 
@@ -251,16 +261,25 @@ def crop_flip(x, generator, padding=4):
     columns = torch.where(draw(2) == 1, columns.flip(0), columns) + draw(2 * padding + 1)
     return padded[torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-def batches(x, y, batch_size, augment=False, generator=None):
+def batches(x, y, batch_size, augment=False, generator=None, *, first=0, share=slice(None)):
     """
-    Yield x fp32 (B,3,H,W) in [0, 1] and y (B,). With a generator (on x's device): one epoch in random order,
-    whole batches only, so that every step has one shape. Without: in order, to the last image.
+    Yield x fp32 (B,3,H,W) in [0, 1] and y (B,). With a generator (on y's device): one epoch in random order,
+    whole batches only, so that every step has one shape. Without: in order, to the last image. first: batches
+    to pass over; share: of each batch, what this process takes. What is drawn depends on neither.
     """
-    if generator is None:
-        for i in range(0, len(y), batch_size):
-            yield to_float(x[i:i + batch_size]), y[i:i + batch_size]
+    order = torch.arange(len(y), device=y.device)
+    if generator is not None:
+        batch_size = min(batch_size, len(y))
+        order = torch.randperm(len(y), generator=generator, device=y.device)
+        order = order[:len(y) // batch_size * batch_size]
+    augment, index = augment and generator is not None, order.split(batch_size)
+    if isinstance(x, Files):
+        seeds = augment and torch.randint(2 ** 31, order.shape, generator=generator, device=y.device)
+        cut = lambda parts: [part[share] for part in parts][first:]
+        decoded = imagenet.batches(x, y, cut(index), cut(seeds.split(batch_size)) if augment else None)
+        yield from ((to_float(images), labels) for images, labels in decoded)
         return
-    batch_size = min(batch_size, len(y))
-    order = torch.randperm(len(y), generator=generator, device=x.device)
-    for index in order[:len(y) // batch_size * batch_size].split(batch_size):
-        yield to_float(crop_flip(x[index], generator) if augment else x[index]), y[index]
+    for k, i in enumerate(index):
+        images = crop_flip(x[i], generator) if augment else x[i]
+        if k >= first:
+            yield to_float(images[share]), y[i[share]]

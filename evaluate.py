@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from pyautoattack import AutoAttack
 from tqdm import tqdm
 
-import attacks, audit, checkpoint, data, models
+import attacks, audit, checkpoint, data, imagenet, models
 from attacks import attack_mode, cw_margin, fgsm, pgd
 from checkpoint import fingerprint, load_checkpoint
 from log import atomic, environment
@@ -160,7 +160,8 @@ try:
     for name, path in [('out', args.out), ('save-adv', args.save_adv)]:
         if path and os.path.exists(path) and UNFINISHED.encode() not in open(path, 'rb').read():
             raise ValueError(f'{path} is there already: choose another --{name}, or delete it')
-    x_test, y_test = data.to_float(d.x_test[:n]), d.y_test[:n].cpu()
+    pixels = imagenet.in_memory(d.x_test[:n], device)
+    x_test, y_test = data.to_float(pixels), d.y_test[:n].cpu()
     check_images(x_test, y_test, d.classes)
     model = model.to(device, memory_format=models.layout(device))
     with attack_mode(model), branch(model, args.branch):
@@ -168,7 +169,7 @@ try:
     bf16 = args.fast and models.amp_dtype('auto', device) is torch.bfloat16
     search = f'{"bfloat16" if bf16 else "float32"}, {"compiled" if args.compile else "eager"}'
     search += f'; what is left, {" and ".join(FAST)} again in float32' if bf16 else ''
-    images = hashlib.sha256(d.x_test[:n].cpu().numpy().tobytes() + y_test.numpy().tobytes())
+    images = hashlib.sha256(pixels.cpu().numpy().tobytes() + y_test.numpy().tobytes())
     evaluated = dict(
         {k: getattr(args, k) for k in ('norm', 'eps', 'step_size', 'steps', 'restarts', 'batch_size', 'seed',
                                        'branch')},

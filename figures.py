@@ -21,6 +21,7 @@ from tqdm import tqdm
 import data, models
 from attacks import attack_mode, pgd
 from checkpoint import fingerprint, load_checkpoint
+from imagenet import in_memory
 from log import atomic
 from report import wilson
 
@@ -316,12 +317,13 @@ def draw(report, checkpoint=None, out=None, *, data_dir=None, n=200, per_class=3
         radii, n = [eps * k / 8 for k in (0, 1, 2, 3, 4, 6, 8, 10, 12, 16)], min(n, len(d.y_test))
         order = torch.randperm(len(d.y_test), generator=torch.Generator().manual_seed(0)).to(device)
         pick = torch.cat([order[d.y_test[order] == c][:per_class] for c in range(K)])
-        x, y = data.to_float(d.x_test[pick]), d.y_test[pick]
+        x, y = data.to_float(in_memory(d.x_test[pick], device)), d.y_test[pick]
+        first = data.to_float(in_memory(d.x_test[:n], device))
         for name, (net, branch) in nets.items():
             net.to(device, memory_format=models.layout(device))
             torch.manual_seed(0)
             with attack_mode(net), models.branch(net, branch):
-                counts[name] = eps_curve(net, data.to_float(d.x_test[:n]), d.y_test[:n], radii, norm)
+                counts[name] = eps_curve(net, first, d.y_test[:n], radii, norm)
                 _, logits = under_pgd(net, x, y, 0)
                 x_adv, logits_adv = under_pgd(net, x, y, eps, norm)
             right, right_adv = logits.argmax(1) == y, logits_adv.argmax(1) == y

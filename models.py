@@ -1,5 +1,5 @@
 """
-Networks for small images. Images in [0, 1] in, logits out.
+Networks for small images, and torchvision's for large ones. Images in [0, 1] in, logits out.
 
     net = build('resnet18', num_classes=10)                      # 32x32 stem; the others: NAMES
     net = build('resnet18', 10, width=16)                        # a quarter of the channels, for a CPU
@@ -198,7 +198,27 @@ class MobileNetV2(Net):
         out = self.act(self.bn2(self.conv2(self.layers(out))))
         return self.linear(out.mean((2, 3)))
 
-NAMES = 'resnet18 resnet34 resnet50 preactresnet18 wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2'
+class Activation(nn.Module):
+    """A nonlinearity in the place of nn.ReLU."""
+    def __init__(self, name):
+        super().__init__()
+        self.act = ACTIVATIONS[name]
+    def forward(self, x):
+        return self.act(x)
+
+def of_torchvision(name, num_classes, normalize):
+    """torchvision's ResNet for 224x224, its keys unchanged; what standardises the images goes before it."""
+    import torchvision
+    try:
+        net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    except ValueError as e:
+        raise ValueError(f'unknown model torchvision-{name}: {e}') from e
+    net.normalize = normalize or nn.Identity()
+    net.register_forward_pre_hook(lambda net, x: net.normalize(*x))
+    return net
+
+NAMES = ('resnet18 resnet34 resnet50 preactresnet18 wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2, '
+         'for ImageNet torchvision-resnet50 torchvision-wide_resnet50_2 ...')
 
 def build(name, num_classes, *, width=None, mean=None, std=None, activation='relu', dual_bn=False):
     """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: three floats
@@ -216,6 +236,8 @@ def build(name, num_classes, *, width=None, mean=None, std=None, activation='rel
         for key, child in list(module.named_children()):
             if dual_bn and type(child) is nn.BatchNorm2d:
                 setattr(module, key, DualBatchNorm2d(child.num_features))
+            elif activation != 'relu' and type(child) is nn.ReLU:
+                setattr(module, key, Activation(activation))
     net.config = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std,
                       activation=activation, dual_bn=dual_bn)       # what a checkpoint stores
     return net
@@ -257,6 +279,10 @@ def _network(name, num_classes, normalize, size):
             return WideResNet(depth, widen, num_classes, normalize=normalize, **size)
         raise ValueError(f'{name}: a wide ResNet has a depth of 6n+4 (28, 34, 70) '
                          'and a widening factor of at least 1')
+    if re.fullmatch(r'torchvision-(resnet|resnext|wide_resnet)\w+', name):
+        if size:
+            raise ValueError(f'{name} has one width: leave --width out')
+        return of_torchvision(name.split('-', 1)[1], num_classes, normalize)
     if name == 'mobilenetv2':
         return MobileNetV2(num_classes, normalize=normalize, **size)
     raise ValueError(f'unknown model {name!r}; known: {NAMES}')

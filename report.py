@@ -17,7 +17,8 @@ def wilson(k, n):
 
 def summary(predicted, y, classes):
     """Accuracy in percent with its interval; per class with mean, standard deviation and worst; confusion: of
-    the images of class i, confusion[i][j] are taken for j; robust: '1' for every image classified as y."""
+    the images of class i, confusion[i][j] are taken for j, if there are at most 100; robust: '1' for every
+    image classified as y."""
     right = predicted == y
     k, n = right.sum().item(), len(y)
     counts = torch.bincount(y * classes + predicted, minlength=classes ** 2).view(classes, classes).tolist()
@@ -27,7 +28,7 @@ def summary(predicted, y, classes):
     return dict(accuracy=100 * k / n, correct=k, n=n, interval=wilson(k, n), per_class=per_class,
                 class_interval={c: wilson(row[c], sum(row)) for c, row in present.items()},
                 class_mean=values.mean().item(), class_std=values.std(correction=0).item(),
-                class_worst=min(per_class, key=per_class.get), confusion=counts,
+                class_worst=min(per_class, key=per_class.get), confusion=counts if classes <= 100 else None,
                 robust=''.join('01'[b] for b in right.tolist()))
 
 HEADER = (f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-import attacks, checkpoint, data, losses, models
+import attacks, checkpoint, data, imagenet, losses, models
 from losses import METHODS, hparams, needs
 
 HERE = pathlib.Path(__file__).parent
@@ -368,6 +369,11 @@ def test_readme_commands_run(tmp_path, monkeypatch):
     for name in ('digits', 'cifar10'):
         np.savez(tmp_path / f'data/{name}.npz', x_train=d.x_train[:40], y_train=d.y_train[:40],
                  x_test=d.x_test[:8], y_test=d.y_test[:8])
+    monkeypatch.setattr(imagenet, 'SIZE', 32)
+    for k in range(40):
+        path = tmp_path / f'imagenet/{"val" if k < 8 else "train"}/n{k % 4}/{k}.JPEG'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(d.x_train[k].numpy()).save(path)
     torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'model_test.pt')
     commands = [re.sub(r'^torchrun .*?(?=train_)', 'python ', line)     # its processes: tests/test_survival.py
                 for block in re.findall(r'```sh\n(.*?)```', README, re.S)
@@ -380,7 +386,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
             continue
         argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'reproduce.py': '',
                  'train_adv.py': '--epochs 1 --steps 1'}[script].split()
-        if 'digits' not in command and script.startswith('train') or 'model_test.pt' in command:
+        if 'model_test.pt' in command or script.startswith('train') and not re.search('digits|imagenet', command):
             argv += ['--width', '4']
         try:
             run(script, *argv)

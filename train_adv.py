@@ -42,7 +42,8 @@ g.add_argument('--teacher-model',
                help='architecture of a teacher that holds weights only (default: --model, full width)')
 options.add_args(parser)
 defaults = data.row_asked_for(parser)
-parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size', 'epochs')})
+parser.set_defaults(**defaults.get('flags', {}),
+                    **{k: defaults[k] for k in ('epochs', 'steps') if k in defaults})
 method = losses.add_args(parser)
 args, unknown = parser.parse_known_args()
 if unknown:
@@ -263,15 +264,15 @@ def epoch_batches():
     of every batch. Drawn as by one process from the start of the epoch: neither the number of processes nor
     where the training was stopped changes what is drawn."""
     generator.set_state(now.order)
-    labelled = data.batches(d.x_train, d.y_train, args.batch_size - n_extra, d.augment, generator)
+    labelled = data.batches(d.x_train, d.y_train, args.batch_size - n_extra, d.augment, generator,
+                            first=now.batch, share=slice(rank, None, world))
     unlabelled = [None] * steps_per_epoch
     if extra is not None:       # as many steps as without them, so that an epoch costs the same
+        own = torch.Generator(device).manual_seed(args.seed + 1_000_003 * now.epoch)
         first = (now.epoch - 1) * steps_per_epoch * n_extra
-        unlabelled = data.image_batches(extra, n_extra, d.augment, generator, args.seed, first)
-    for k, (x, y), more in zip(range(steps_per_epoch), labelled, unlabelled):
-        if k < now.batch:
-            continue
-        x, y = x[rank::world], y[rank::world]
+        unlabelled = data.image_batches(extra, n_extra, d.augment, own, args.seed, first)
+        unlabelled = itertools.islice(unlabelled, now.batch, None)
+    for _, (x, y), more in zip(range(now.batch, steps_per_epoch), labelled, unlabelled):
         if more is not None:
             more = more[world - 1 - rank::world]        # with its share of the others as many as everyone
             y_more = torch.full((len(more),), -1, device=device)    # nobody looks at it, or the teacher says

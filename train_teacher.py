@@ -27,8 +27,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
 data.add_args(parser); models.add_args(parser); training.add_args(parser)
 defaults = data.row_asked_for(parser)
-parser.set_defaults(**{k: v for k, v in defaults.items() if k in ('width', 'batch_size')},
-                    epochs=defaults.get('teacher_epochs', 100))
+parser.set_defaults(**defaults.get('flags', {}), epochs=defaults.get('teacher_epochs', 100))
 args = parser.parse_args()
 
 # -----------------------------------------------------------------------------
@@ -106,10 +105,10 @@ with training.guarded(args, now) as stop:
         model.train()
         begun, images = time.perf_counter(), 0
         generator.set_state(now.order)              # of the whole epoch, also of one that was interrupted
-        batches = data.batches(d.x_train, d.y_train, args.batch_size, d.augment, generator)
-        for x, y in tqdm(itertools.islice(batches, now.batch, None), total=steps_per_epoch, initial=now.batch,
-                         leave=False, disable=None if rank == 0 else True):
-            x, y = x[rank::world], y[rank::world]
+        batches = data.batches(d.x_train, d.y_train, args.batch_size, d.augment, generator,
+                               first=now.batch, share=slice(rank, None, world))
+        for x, y in tqdm(batches, total=steps_per_epoch, initial=now.batch, leave=False,
+                         disable=None if rank == 0 else True):
             total = 0.0
             for k in range(args.accumulate):
                 x_part, y_part = x[k::args.accumulate], y[k::args.accumulate]

@@ -51,6 +51,8 @@ def check(args, world, images=None):
         raise ValueError('--milestones: shares of the training, from 0 to 1')
     if args.compile and not torch.cuda.is_available() and (args.width or 64) < 8:
         raise ValueError(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
+    if images == 0:
+        raise ValueError('there are no training images')
     parts = world * args.accumulate
     if images and parts > 1 and images < args.batch_size:
         raise ValueError(f'--batch-size {args.batch_size}: there are {images} training images to share')

@@ -1,0 +1,141 @@
+"""
+ImageNet, or any images in class folders: decoded by worker processes, batches ahead.
+
+    DIR/train/CLASS/*.JPEG, DIR/val/CLASS/*.JPEG            # as ImageNet is usually unpacked
+
+Training: a random resized crop of 224x224, flipped or not. Otherwise: the shorter side to 256 pixels, and of
+that the 224x224 in the centre (Chen & Lee, "LTD: Low Temperature Distillation for Robust Adversarial
+Training", appendix A.1: in [0, 1] and not standardised).
+
+The test images are RobustBench's 5,000 (imagenet5000.txt: the numbers N of ILSVRC2012_val_N.JPEG, in its
+order); of other folders 5,000 of val, or all if it has fewer, in an order that is always the same.
+"""
+import os, re, signal, sys
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+from tqdm import tqdm
+
+SIZE = 224
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]       # everyone's, of ImageNet's training images
+TRIES = 100         # so many unreadable files in a row are no accident
+reported = set()    # unreadable files that the user has been told of
+
+class Files:
+    """Image files in the place of a uint8 tensor (N,SIZE,SIZE,3): with its length, shape and indexing, and
+    decoded by batches and in_memory."""
+    def __init__(self, paths):
+        # one array: of a list each worker would make a copy, by counting references
+        self.paths = np.array(paths, dtype=bytes)
+    def __len__(self):
+        return len(self.paths)
+    def __getitem__(self, index):
+        return Files(self.paths[index.cpu().numpy() if isinstance(index, torch.Tensor) else index])
+    @property
+    def shape(self):
+        return len(self), SIZE, SIZE, 3
+
+def load(folder):
+    """x_train, y_train, x_test, y_test: Files, and numpy labels. Without DIR/train there is nothing to train
+    on, but something to evaluate. Raises ValueError."""
+    found = {}
+    for split in ('val', 'train'):
+        path = os.path.join(folder, split)
+        if split == 'train' and not os.path.isdir(path):
+            found[split] = found['val'][0], []
+            continue
+        try:
+            classes, index = find_classes(path)
+            found[split] = classes, make_dataset(path, index, IMG_EXTENSIONS)
+        except OSError as e:                    # no such folder, or a class without an image
+            raise ValueError(f'--dataset imagenet: {path} should be a folder of class folders of images: '
+                             f'{e.strerror or e}') from e
+    if found['val'][0] != found['train'][0]:
+        differ = sorted(set(found['val'][0]) ^ set(found['train'][0]))
+        raise ValueError(f'{folder}: train and val have different class folders, for instance {differ[0]}')
+    shuffled = lambda items: [items[i] for i in np.random.default_rng(0).permutation(len(items))]
+    train, test = shuffled(found['train'][1]), shuffled(found['val'][1])[:5000]
+    with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet5000.txt')) as f:
+        wanted = f.read().split()
+    number = {m[1]: item for item in found['val'][1]
+              if (m := re.search(r'ILSVRC2012_val_0*(\d+)\.', item[0]))}
+    if number.keys() >= set(wanted):
+        test = [number[n] for n in wanted]
+    return [part for items in (train, test) for part in
+            (Files([os.fsencode(path) for path, _ in items]), np.array([y for _, y in items], np.int64))]
+
+# -----------------------------------------------------------------------------
+# decoding
+
+class Decoded(torch.utils.data.Dataset):
+    """(i, seed) -> image uint8 (SIZE,SIZE,3), its number, and the files that could not be read: the number is
+    that of the next one that can. seed: of the random crop; None: the centre. At most so many tries."""
+    def __init__(self, files, tries=TRIES):
+        self.files, self.tries = files, min(tries, len(files))
+        self.centre = transforms.Compose([transforms.Resize(SIZE * 256 // 224), transforms.CenterCrop(SIZE)])
+        self.random = transforms.Compose([transforms.RandomResizedCrop(SIZE),
+                                          transforms.RandomHorizontalFlip()])
+    def __getitem__(self, item):
+        (i, seed), unreadable = item, []
+        for j in range(i, i + self.tries):
+            j %= len(self.files)
+            try:
+                with Image.open(os.fsdecode(self.files.paths[j])) as image:
+                    image = image.convert('RGB')
+            except Exception:                   # PIL has many names for a damaged file
+                unreadable.append(os.fsdecode(self.files.paths[j]))
+                continue
+            if seed is not None:
+                torch.manual_seed(seed)         # of this worker; it draws nothing else
+            image = (self.centre if seed is None else self.random)(image)
+            return torch.from_numpy(np.array(image)), j, unreadable
+        return None, -1, unreadable
+
+def collate(items):
+    images, numbers, unreadable = zip(*items)
+    if -1 in numbers:
+        return None, None, sum(unreadable, [])
+    return torch.stack(images), torch.tensor(numbers), sum(unreadable, [])
+
+def deaf(worker):
+    """To Ctrl-C and SIGTERM: the training saves its state, and then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+def decode(items, dataset, device):
+    """Yield images uint8 (B,SIZE,SIZE,3) on the device and their numbers; items: batches of (i, seed).
+    Raises OSError if nothing can be read."""
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_sampler=items, collate_fn=collate, worker_init_fn=deaf,
+        num_workers=min(16, os.cpu_count() or 1), prefetch_factor=4, pin_memory=device.type == 'cuda',
+        generator=torch.Generator())            # its own: the training's noise does not depend on it
+    for x, numbers, unreadable in loader:
+        if x is None:
+            unreadable = sorted(set(unreadable))
+            raise OSError(f'{len(unreadable)} unreadable image files: {", ".join(unreadable[:3])}')
+        for path in sorted(set(unreadable) - reported):
+            tqdm.write(f'cannot read {path}: the next image takes its place', file=sys.stderr)
+        reported.update(unreadable)
+        yield x.to(device, non_blocking=True), numbers
+
+def batches(files, y, index, seeds=None):
+    """Yield images uint8 (B,SIZE,SIZE,3) and labels (B,) on y's device. index: per batch, the numbers of its
+    images (B,); seeds: likewise those of their crops, or None for the centre."""
+    seeds = [s.tolist() for s in seeds] if seeds else [[None] * len(i) for i in index]
+    items = (list(zip(i.tolist(), s)) for i, s in zip(index, seeds))
+    for x, numbers in decode(items, Decoded(files), y.device):
+        yield x, y[numbers.to(y.device)]
+
+def in_memory(x, device):
+    """The images of Files, uint8 (N,SIZE,SIZE,3) on the device; a tensor as it is. Raises ValueError for an
+    unreadable file: a number is of all images, or of none."""
+    if not isinstance(x, Files):
+        return x
+    items = ([(i, None) for i in part.tolist()] for part in torch.arange(len(x)).split(50))
+    try:
+        return torch.cat([images for images, _ in decode(items, Decoded(x, tries=1), device)])
+    except OSError as e:
+        raise ValueError(f'{e}: fetch it again') from e
