@@ -9,12 +9,11 @@ the median of its rounds, and of its ratios to plain in the same round. Random i
 are what convolutions and matrix products need, uncompiled (a multiply-add is two), also as a share of what a
 large product reaches in the same rounds. On a GPU fp32 is TF32, as in PyTorch's convolutions; evaluation not.
 """
-import argparse, contextlib, copy, functools, json, resource, statistics, time
+import argparse, contextlib, functools, json, re, resource, statistics, time
 from typing import Callable, NamedTuple
 
 import torch
 from PIL import Image
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from tqdm import tqdm
@@ -158,20 +157,10 @@ def plain():
         return loss.detach()
     return model, craft, update
 
-def folded(net):
-    """A frozen copy of net in eval mode whose convolutions hold the BN that follow them."""
-    net = copy.deepcopy(net).eval().requires_grad_(False)
-    for m in net.modules():
-        for conv, bn in ('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1'):
-            if isinstance(getattr(m, bn, None), torch.nn.BatchNorm2d):
-                setattr(m, conv, fuse_conv_bn_eval(getattr(m, conv), getattr(m, bn)))
-                setattr(m, bn, torch.nn.Identity())
-    return net
-
 def ours(on):
     """The step of train_adv.py with the tricks in on and no other; with none of them it is plain's."""
     net, teacher, optimizer = networks(on)
-    attacked = folded(net) if 'folded' in on else net
+    attacked = models.folded(net) if 'folded' in on else net
     fast = functools.partial(torch.compile, dynamic=False, mode='reduce-overhead' if 'graphs' in on else None)
     def logits_of(net):
         def forward(x):
@@ -183,7 +172,7 @@ def ours(on):
     in_update, guide = [logits_of(fast(m) if 'compile update' in on else m) for m in (net, teacher)]
     def craft(x, y):
         if 'folded' in on:
-            attacked.load_state_dict(folded(net).state_dict())
+            attacked.load_state_dict(models.folded(net).state_dict())
         net.eval()
         live = [k for k in needs(method.inner) if k == 'logits_adv' or 'once' not in on]
         with attack_mode(net) if 'frozen' in on else contextlib.nullcontext():
@@ -242,7 +231,7 @@ rows['plain'] = Row(plain()[2], set(), cost[False])
 sets = {'fast': FAST}
 if args.tricks:
     usable = [t for t in TRICKS if (cuda or t != 'graphs') and (dtype or t != 'amp')
-              and (t != 'folded' or args.model in ('resnet18', 'resnet34', 'resnet50', 'mobilenetv2'))
+              and (t != 'folded' or not re.match('wrn|preact', args.model))
               and (t != 'channels_last' or cuda or (args.width or 64) >= 8)]    # below, oneDNN crashes
     sets |= {'no trick': set()} | {f'plain + {t}': {t} for t in usable if t != 'graphs'}
     sets |= {f'fast {"-" if t in FAST else "+"} {t}': FAST ^ {t} for t in usable}

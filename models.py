@@ -7,12 +7,13 @@ Networks for small images, and torchvision's for large ones. Images in [0, 1] in
 State-dict keys are those of the pytorch-cifar family (conv1 bn1 layer1.0.conv1 ... shortcut linear) and, for
 wrn, of the TRADES code (block1.layer.0 ... fc), so the released checkpoints load unchanged.
 """
-import re
+import copy, re
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # -----------------------------------------------------------------------------
 # activations, by name
@@ -298,7 +299,19 @@ def add_args(parser):
                    help='hybrid: ReLU forward, the derivative of softplus backward')
 
 # -----------------------------------------------------------------------------
-# precision and layout
+# precision, layout, fewer layers
+
+def folded(net):
+    """A frozen copy of net in eval mode; its convolutions hold the BN that follow them, where they do. The same
+    function, up to rounding."""
+    net = copy.deepcopy(net).eval().requires_grad_(False)
+    for m in net.modules():
+        for conv, bn in ('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1'):
+            if (not isinstance(m, (PreActBlock, WideBlock, WideResNet))         # there BN comes first
+                    and type(getattr(m, bn, None)) is nn.BatchNorm2d):
+                setattr(m, conv, fuse_conv_bn_eval(getattr(m, conv), getattr(m, bn)))
+                setattr(m, bn, nn.Identity())
+    return net
 
 def layout(device):
     """Memory format: channels_last on a GPU.

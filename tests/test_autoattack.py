@@ -1,4 +1,10 @@
-"""evaluate.py's AutoAttack is the authors': the same verdict for every image as one call of theirs."""
+"""
+evaluate.py's AutoAttack is the authors': the same verdict for every image as one call of theirs.
+
+$ python tests/test_autoattack.py REPORT.json data      # of evaluate.py --attacks autoattack: again, by one call
+"""
+import json, sys, time
+
 import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack
@@ -24,3 +30,31 @@ def test_image_by_image(tmp_path):
     assert torch.equal(model(x_adv).argmax(1) == y, script['worst'])
     results = script['results']
     assert results['autoattack (worst case)']['correct'] < results['clean']['correct']
+
+def by_one_call(report, folder):
+    """-> n booleans, what evaluate.py says and what pyautoattack says; the seconds that each took."""
+    args, name = report['args'], 'autoattack (worst case)'
+    d = data.load(report['dataset'], folder)
+    model, _ = checkpoint.load_checkpoint(report['checkpoint'], args['model'], d.classes, width=args['width'])
+    model.requires_grad_(False)
+    n = report['results'][name]['n']
+    x, y = data.to_float(d.x_test[:n]), d.y_test[:n]
+    aa = AutoAttack(model, norm=report['norm'], eps=report['eps'], seed=args['seed'], version='standard')
+    begun = time.perf_counter()
+    x_adv, _ = aa.run_standard_evaluation(x, y, batch_size=args['batch_size'])
+    seconds = time.perf_counter() - begun
+    with torch.no_grad():
+        right = torch.cat([model(xb) for xb in x_adv.split(args['batch_size'])]).argmax(1) == y
+    ours = torch.tensor([c == '1' for c in report['results'][name]['robust']])
+    return ours, right, report['results'][name]['seconds'], seconds
+
+if __name__ == '__main__':
+    with open(sys.argv[1]) as f:
+        report = json.load(f)
+    ours, theirs, t_ours, t_theirs = by_one_call(report, sys.argv[2])
+    print(json.dumps(dict(
+        checkpoint=report['checkpoint'], fingerprint=report['fingerprint'], n=len(ours),
+        search=report.get('search'),
+        robust_evaluate=ours.sum().item(), robust_pyautoattack=theirs.sum().item(),
+        images_that_differ=(ours != theirs).nonzero()[:, 0].tolist(),
+        seconds_evaluate=t_ours, seconds_pyautoattack=t_theirs), indent=1))

@@ -67,6 +67,19 @@ def test_narrow_models_run_with_a_small_image_stem(name):
     last.register_forward_hook(lambda module, args, out: sizes.append(out.shape[2:]))
     assert net(X).shape == (6, 7) and sizes[0] in ((4, 4), (8, 8))          # an ImageNet stem would leave 1x1
 
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'preactresnet18', 'wrn-10-2', 'mobilenetv2',
+                                  'torchvision-resnet18'])
+def test_folded_is_the_same_function(name):
+    net = models.build(name, 7, width=None if 'torch' in name else 4)
+    for m in net.modules():                         # statistics and an affine map that are no identity
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
+            torch.nn.init.normal_(m.weight, 1, 0.2), torch.nn.init.normal_(m.bias)
+    net.double().eval()
+    folded, layers = models.folded(net), lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    torch.testing.assert_close(folded(X.double()), net(X.double()))
+    assert layers(folded) < layers(net) or name in ('preactresnet18', 'wrn-10-2')
+
 def test_autoattacks_example_checkpoint_loads_unchanged():
     import pyautoattack
     path = pathlib.Path(pyautoattack.__file__).parent / 'examples/model_test.pt'
