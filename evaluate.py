@@ -14,9 +14,9 @@ and after every attack of the row; those misclassified as they are are not attac
 authors' (Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
 Parameter-free Attacks"), version standard: its four attacks in turn, each on the images that are left,
 which is the published number. Killed, the same command continues, with the same result (resumable.py).
-With --fast the attacks search on the compiled network, its BN folded into the convolutions, AutoAttack in bf16
-where the GPU has it; its first two attacks then go on in fp32 with what is left. Every verdict is the eager
-network's, in fp32.
+With --fast the attacks search on the compiled network, its BN folded into its convolutions, AutoAttack in
+bf16 where the GPU has it; its first two attacks then go on in fp32 with what is left. Every verdict is the
+eager network's, in fp32.
 """
 import argparse, hashlib, logging, math, os, re, sys, time
 

@@ -105,12 +105,17 @@ def deaf(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
+def cores():
+    """Of this process, those of the machine shared with the others that torchrun has started on it."""
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, mine // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
 def decode(items, dataset, device):
     """Yield images uint8 (B,SIZE,SIZE,3) on the device and their numbers; items: batches of (i, seed).
     Raises OSError if nothing can be read."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=items, collate_fn=collate, worker_init_fn=deaf,
-        num_workers=min(16, os.cpu_count() or 1), prefetch_factor=4, pin_memory=device.type == 'cuda',
+        num_workers=min(16, cores()), prefetch_factor=4, pin_memory=device.type == 'cuda',
         generator=torch.Generator())            # its own: the training's noise does not depend on it
     for x, numbers, unreadable in loader:
         if x is None:

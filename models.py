@@ -302,8 +302,8 @@ def add_args(parser):
 # precision, layout, fewer layers
 
 def folded(net):
-    """A frozen copy of net in eval mode; its convolutions hold the BN that follow them, where they do. The same
-    function, up to rounding."""
+    """A frozen copy of net in eval mode; convolutions that a BN follows hold it. The same function, up to
+    rounding."""
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for m in net.modules():
         for conv, bn in ('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1'):

@@ -375,7 +375,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(d.x_train[k].numpy()).save(path)
     torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'model_test.pt')
-    commands = [re.sub(r'^torchrun .*?(?=train_)', 'python ', line)     # its processes: tests/test_survival.py
+    commands = [re.sub(r'^torchrun .*?(?=train_)', 'python ', line) # its processes: tests/test_survival.py
                 for block in re.findall(r'```sh\n(.*?)```', README, re.S)
                 for line in block.splitlines() if line.startswith(('python ', 'torchrun '))]
     assert len(commands) >= 6
@@ -386,7 +386,8 @@ def test_readme_commands_run(tmp_path, monkeypatch):
             continue
         argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'reproduce.py': '',
                  'train_adv.py': '--epochs 1 --steps 1'}[script].split()
-        if 'model_test.pt' in command or script.startswith('train') and not re.search('digits|imagenet', command):
+        narrow = script.startswith('train') and not re.search('digits|imagenet', command)
+        if narrow or 'model_test.pt' in command:
             argv += ['--width', '4']
         try:
             run(script, *argv)

@@ -272,7 +272,8 @@ def epoch_batches():
         first = (now.epoch - 1) * steps_per_epoch * n_extra
         unlabelled = data.image_batches(extra, n_extra, d.augment, own, args.seed, first)
         unlabelled = itertools.islice(unlabelled, now.batch, None)
-    for _, (x, y), more in zip(range(now.batch, steps_per_epoch), labelled, unlabelled):
+    # labelled first: stopped after the last batch, it still draws all that the next epoch's order depends on
+    for (x, y), more, _ in zip(labelled, unlabelled, range(now.batch, steps_per_epoch)):
         if more is not None:
             more = more[world - 1 - rank::world]        # with its share of the others as many as everyone
             y_more = torch.full((len(more),), -1, device=device)    # nobody looks at it, or the teacher says

@@ -1,7 +1,7 @@
 """
 evaluate.py's AutoAttack is the authors': the same verdict for every image as one call of theirs.
 
-$ python tests/test_autoattack.py REPORT.json data      # of evaluate.py --attacks autoattack: again, by one call
+$ python tests/test_autoattack.py REPORT.json data          # evaluate.py's AutoAttack again, by one call
 """
 import json, sys, time
 

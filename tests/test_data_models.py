@@ -76,7 +76,8 @@ def test_folded_is_the_same_function(name):
             m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
             torch.nn.init.normal_(m.weight, 1, 0.2), torch.nn.init.normal_(m.bias)
     net.double().eval()
-    folded, layers = models.folded(net), lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    folded = models.folded(net)
+    layers = lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
     torch.testing.assert_close(folded(X.double()), net(X.double()))
     assert layers(folded) < layers(net) or name in ('preactresnet18', 'wrn-10-2')
 

@@ -1,4 +1,4 @@
-"""Class folders of image files: what is read, cropped, held out, skipped, refused, trained on and evaluated."""
+"""Class folders of image files: what is read, cropped, held out, skipped, refused, trained, evaluated."""
 import json, pathlib, subprocess, sys
 
 import numpy as np

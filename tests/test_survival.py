@@ -76,6 +76,18 @@ def test_a_signal_saves_and_names_the_command_that_continues(number, teacher, un
     subprocess.run(f'{sys.executable} {command}', shell=True, check=True, stdout=subprocess.DEVNULL)
     same(finished(tmp_path), undisturbed)
 
+def test_stopped_after_the_last_batch_of_an_epoch(tmp_path):
+    """Which a signal always does where an epoch is one batch: the next epoch draws what it would have."""
+    command = [*ADV[:-1], '--subset', '32', '--epochs', '6', '--loss', 'trades', '--out']
+    subprocess.run([*command, str(tmp_path / 'a')], check=True, stdout=subprocess.DEVNULL)
+    process = started([*command, str(tmp_path / 'b')])
+    begun(tmp_path / 'b', process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert torch.load(tmp_path / 'b/state.pt', weights_only=True)['now'][0]['batch'] == 1
+    subprocess.run([*command, str(tmp_path / 'b'), '--resume'], check=True, stdout=subprocess.DEVNULL)
+    same(finished(tmp_path / 'a'), finished(tmp_path / 'b'))
+
 def test_what_cannot_go_on_is_refused(teacher, tmp_path):
     command = [*ADV, str(tmp_path), '--teacher', teacher, *EVERYTHING]
     process = started(command)

@@ -1,0 +1,153 @@
+"""
+What happens when something goes wrong: each fault injected into a run as a user starts it, as a table.
+
+$ python tests/fault_table.py > results/faults.md                       # ten minutes on a CPU
+"""
+import json, pathlib, random, resource, shutil, signal, subprocess, sys, tempfile, time
+
+import numpy as np
+import torch
+from PIL import Image
+
+HERE = pathlib.Path(__file__).parent.parent
+work = pathlib.Path(tempfile.mkdtemp())
+SMALL = ['--dataset', 'synthetic', '--width', '4', '--subset', '128', '--epochs', '3', '--steps', '2']
+RUN = ['train_adv.py', '--loss', 'trades', *SMALL, '--awp', '0.005', '--ema', '0.9', '--save-minutes', '0']
+
+def start(argv, **options):
+    return subprocess.Popen([sys.executable, HERE / argv[0], *map(str, argv[1:])], cwd=work, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+
+def run(argv, **options):
+    """-> status, the last line of stderr. A traceback is a failure of this table."""
+    process = start(argv, **options)
+    err = process.communicate()[1].strip()
+    assert 'Traceback' not in err, err
+    lines = [line for line in err.splitlines() if 'it/s' not in line and line.strip()]
+    return process.returncode, lines[-1] if lines else '-'
+
+def row(fault, status, said, left):
+    said = said.replace(str(work), 'DIR').replace(str(HERE) + '/', '').replace('|', '\\|')
+    print(f'| {fault} | {status} | {said} | {left} |', flush=True)
+
+def weights(folder):
+    return {name: torch.load(folder / name, weights_only=True)['state_dict']
+            for name in ('best.pt', 'last.pt')}
+
+def equal(a, b):
+    return 'identical, tensor by tensor' if all(
+        torch.equal(v, b[f][k]) for f in a for k, v in a[f].items()) else '**DIFFERENT**'
+
+def wait_for(path, process):
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.05)
+
+print('| fault | exit status | what it says | what is left |\n|---|---|---|---|')
+
+# -----------------------------------------------------------------------------
+# stopped
+assert run([*RUN, '--out', 'whole'])[0] == 0
+whole, draw = weights(work / 'whole'), random.Random(0)
+for k in range(5):
+    process = start([*RUN, '--out', f'kill-{k}'])
+    wait_for(work / f'kill-{k}/state.pt', process)
+    time.sleep(draw.uniform(0, 3))
+    process.kill()
+    process.communicate()
+    at = torch.load(work / f'kill-{k}/state.pt', weights_only=True)['now'][0] if process.returncode else None
+    status, said = run([*RUN, '--out', f'kill-{k}', '--resume'])
+    saved = f' (saved: epoch {at["epoch"]}, batch {at["batch"]})' if at else ' (it had ended)'
+    row(f'kill -9 at a random moment, {k + 1} of 5{saved}', process.returncode, '-',
+        f'`--resume`: {equal(whole, weights(work / f"kill-{k}"))} to a run left alone')
+for name, number in ('SIGTERM', signal.SIGTERM), ('Ctrl-C', signal.SIGINT):
+    process = start([*RUN, '--out', name])
+    wait_for(work / f'{name}/state.pt', process)
+    process.send_signal(number)
+    said = process.communicate()[1].strip().splitlines()[-1]
+    run([*RUN, '--out', name, '--resume'])
+    row(name, process.returncode, said, f'the command it names: {equal(whole, weights(work / name))}')
+process = start([*RUN, '--out', 'two'])
+wait_for(work / 'two/state.pt', process)
+row('a second run in the same folder', *run([*RUN, '--out', 'two']), 'the first goes on')
+process.send_signal(signal.SIGTERM)
+process.communicate()
+row('the unfinished run started again without `--resume`', *run([*RUN, '--out', 'two']), 'as it was')
+row('`--resume` with another lr', *run([*RUN, '--out', 'two', '--resume', '--lr', '0.1']), 'as it was')
+state = work / 'two/state.pt'
+state.write_bytes(state.read_bytes()[:1000])
+row('`--resume` from half a state', *run([*RUN, '--out', 'two', '--resume']),
+    'best.pt and last.pt, if an epoch had ended')
+
+# -----------------------------------------------------------------------------
+# the machine
+def limit(which, value):
+    return dict(preexec_fn=lambda: resource.setrlimit(which, (value, value)))
+
+row('disk full at the first checkpoint',
+    *run([*RUN, '--out', 'full'], **limit(resource.RLIMIT_FSIZE, 50_000)),
+    ' '.join(sorted(p.name for p in (work / 'full').iterdir())) + ': no half of a file')
+(work / 'file').write_text('')
+row('`--out` where nothing can be written', *run([*RUN, '--out', 'file/run']), '-')
+wide = ['train_adv.py', '--loss', 'pgd_at', '--dataset', 'synthetic', '--width', '256', '--batch-size', '512']
+row('a batch beyond memory', *run([*wide, '--out', 'memory'], **limit(resource.RLIMIT_DATA, 4 << 30)), '-')
+row('a loss that diverges', *run([*RUN, '--lr', '1e30', '--out', 'nan']), 'the epochs before')
+
+# -----------------------------------------------------------------------------
+# files
+taught = ['train_adv.py', *SMALL, '--out', 'a', '--teacher']
+row('a teacher that is not there', *run([*taught, 'no.pt']), 'nothing')
+shutil.copy(work / 'whole/best.pt', work / 'half.pt')
+(work / 'half.pt').write_bytes((work / 'half.pt').read_bytes()[:9999])
+row('a truncated teacher', *run([*taught, 'half.pt']), 'nothing')
+(work / 'page.pt').write_text('<html>404</html>')
+row('a web page in the place of a checkpoint', *run(['evaluate.py', 'page.pt', '--model', 'resnet18']), '-')
+torch.save({'conv.weight': torch.zeros(3)}, work / 'foreign.pt')
+foreign = ['evaluate.py', 'foreign.pt', '--model', 'resnet18', '--dataset', 'synthetic']
+row('a checkpoint of another network', *run(foreign), '-')
+np.savez(work / 'floats.npz', x_train=np.zeros((9, 32, 32, 3)), y_train=np.zeros(9, int),
+         x_test=np.zeros((9, 32, 32, 3)), y_test=np.zeros(9, int))
+row('images that are no bytes', *run(['train_teacher.py', '--dataset', 'floats', '--data-dir', '.']), '-')
+rng = np.random.default_rng(0)
+for split in ('train', 'val'):
+    for k in range(24):
+        path = work / f'images/{split}/n{k % 4}/{k}.JPEG'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (80, 80, 3), dtype=np.uint8)).save(path)
+IMAGENET = ['--dataset', 'imagenet', '--data-dir', 'images']
+train = ['train_teacher.py', *IMAGENET, '--model', 'torchvision-resnet18', '--epochs', '1', '--batch-size',
+         '4', '--lr', '0.01']
+(work / 'images/train/n0/0.JPEG').write_bytes(b'\xff\xd8\xff')
+status, said = run([*train, '--out', 'jpeg'])
+row('ImageNet: a damaged training image', status, said, 'a trained network')
+(work / 'images/val/n0/0.JPEG').write_bytes(b'')
+row('ImageNet: a damaged test image', *run(['evaluate.py', 'jpeg/last.pt', '--attacks', 'fgsm']), '-')
+
+# -----------------------------------------------------------------------------
+# an evaluation
+def report(path):
+    r = json.loads((work / path).read_text())
+    for result in r['results'].values():
+        del result['seconds']
+    return r['complete'], r['results'], r['notes'], r['flags']
+
+evaluate = ['evaluate.py', 'whole/last.pt', '--n', '24', '--batch-size', '4', '--eps', '24', '--no-audit',
+            '--attacks', 'pgd', 'aa-fast']
+run([*evaluate, '--out', 'whole.json'])
+kills = 0
+while kills < 3:
+    done = len(list(work.glob('killed.json.state/*.pt')))
+    process = start([*evaluate, '--out', 'killed.json'])
+    while process.poll() is None and len(list(work.glob('killed.json.state/*.pt'))) <= done:
+        time.sleep(0.05)
+    time.sleep(draw.uniform(0, 0.3))
+    process.kill()
+    process.communicate()
+    kills += 1
+run([*evaluate, '--out', 'killed.json'])
+same = lambda a, b: 'the same report but for times' if report(a) == report(b) else '**ANOTHER REPORT**'
+row('kill -9 of an evaluation, three times', -9, '-',
+    'the same command ends in ' + same('killed.json', 'whole.json'))
+shards = [start([*evaluate, '--out', 'shards.json', '--shard', f'{k}/4']) for k in range(4)]
+[process.communicate() for process in shards]
+row('none: four shards in one folder', shards[0].returncode, '-', same('shards.json', 'whole.json'))
+shutil.rmtree(work)
