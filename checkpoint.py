@@ -5,7 +5,7 @@ Checkpoints: what build() needs to make the network again, its weights, and what
     net, meta = load_checkpoint('other.pt', 'resnet18', 10)      # somebody else's: a bare state dict
     net, meta = load_checkpoint('other.pt', 'net.py:make', 10)   # of a network that make() in net.py returns
 """
-import hashlib, re, runpy
+import errno, hashlib, re, runpy
 
 import torch
 
@@ -30,7 +30,7 @@ def save(path, content):
         try:
             torch.save(content, tmp)
         except RuntimeError as e:           # torch.save's word for a full disk
-            raise OSError(str(e)) from e
+            raise OSError(errno.EIO, str(e)) from e
 
 def save_checkpoint(path, net, **meta):
     """The plain module's weights, what build() needs to make it again, and whatever the caller adds."""

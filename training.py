@@ -182,7 +182,8 @@ def guarded(args, now):
     try:
         yield stop
     except OSError as e:
-        sys.exit(f'cannot write {args.out}: {e.strerror or e}. Stopped in epoch {now.epoch}; '
+        what = f'cannot write {args.out}: {e.strerror}' if e.strerror else e       # not read: e says what
+        sys.exit(f'{what}. Stopped in epoch {now.epoch}; '
                  'what was saved before is intact, and --resume continues')
     except FloatingPointError as e:
         sys.exit(f'{e}. Stopped; {args.out} holds the epochs before. Try a lower --lr, or --amp off')

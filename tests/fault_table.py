@@ -2,8 +2,9 @@
 What happens when something goes wrong: each fault injected into a run as a user starts it, as a table.
 
 $ python tests/fault_table.py > results/faults.md                       # ten minutes on a CPU
+$ python tests/fault_table.py runs/x/best.pt data > results/faults.md   # evaluating that with AutoAttack: longer
 """
-import json, pathlib, random, resource, shutil, signal, subprocess, sys, tempfile, time
+import json, os, pathlib, random, resource, shutil, signal, subprocess, sys, tempfile, time
 
 import numpy as np
 import torch
@@ -132,22 +133,26 @@ def report(path):
 
 evaluate = ['evaluate.py', 'whole/last.pt', '--n', '24', '--batch-size', '4', '--eps', '24', '--no-audit',
             '--attacks', 'pgd', 'aa-fast']
+if sys.argv[1:]:
+    path, folder = [os.path.abspath(name) for name in sys.argv[1:]]
+    evaluate = ['evaluate.py', path, '--data-dir', folder, '--n', '100', '--batch-size', '25', '--no-audit',
+                '--attacks', 'pgd', 'autoattack']
 run([*evaluate, '--out', 'whole.json'])
-kills = 0
-while kills < 3:
+for _ in range(3):
     done = len(list(work.glob('killed.json.state/*.pt')))
     process = start([*evaluate, '--out', 'killed.json'])
     while process.poll() is None and len(list(work.glob('killed.json.state/*.pt'))) <= done:
         time.sleep(0.05)
-    time.sleep(draw.uniform(0, 0.3))
+    time.sleep(draw.uniform(0, 20 if sys.argv[1:] else 0.3))
     process.kill()
     process.communicate()
-    kills += 1
+    assert process.returncode == -9
 run([*evaluate, '--out', 'killed.json'])
 same = lambda a, b: 'the same report but for times' if report(a) == report(b) else '**ANOTHER REPORT**'
-row('kill -9 of an evaluation, three times', -9, '-',
+what = 'AutoAttack on 100 CIFAR-10 images' if sys.argv[1:] else 'an evaluation'
+row(f'kill -9 of {what}, three times', -9, '-',
     'the same command ends in ' + same('killed.json', 'whole.json'))
 shards = [start([*evaluate, '--out', 'shards.json', '--shard', f'{k}/4']) for k in range(4)]
 [process.communicate() for process in shards]
-row('none: four shards in one folder', shards[0].returncode, '-', same('shards.json', 'whole.json'))
+row(f'none: four shards of {what}, in one folder', shards[0].returncode, '-', same('shards.json', 'whole.json'))
 shutil.rmtree(work)
