@@ -22,7 +22,9 @@ def load(path):
             report = json.load(f)
         if not report['complete']:
             raise ValueError
-        return {k: report[k] for k in ('results', 'dataset', 'images', 'norm', 'eps_pixels', 'complete')}
+        pixels = report.get('evaluated', {}).get('images')              # None: of an early version
+        return dict({k: report[k] for k in ('results', 'dataset', 'images', 'norm', 'eps_pixels')},
+                    pixels=pixels)
     except OSError as e:
         parser.error(f'cannot read {path}: {e.strerror}')
     except (ValueError, KeyError, TypeError):
@@ -34,8 +36,8 @@ def p_value(only_a, only_b):
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
 
 a, b = load(args.a), load(args.b)
-for k in ('dataset', 'images', 'norm', 'eps_pixels'):
-    if a[k] != b[k]:
+for k in ('dataset', 'images', 'norm', 'eps_pixels', 'pixels'):
+    if a[k] != b[k] and None not in (a[k], b[k]):
         parser.error(f'not comparable: {k} is {a[k]} in {args.a}, {b[k]} in {args.b}')
 rows = [row for row in a['results'] if row in b['results']]
 if not all('robust' in r['results'][row] for r in (a, b) for row in rows):

@@ -165,19 +165,22 @@ def row_asked_for(parser):
     except ValueError as e:
         parser.error(e)
 
-def load(name, folder='data', *, subset=None, device='cpu'):
+def load(name, folder='data', *, subset=None, device='cpu', training=True):
     """
     -> Dataset. 1,000 training images, or a tenth where there are fewer than 10,000, become val: drawn
     with a fixed seed, before the subset is cut, so that no --subset and no --seed puts them back into
-    training. Raises ValueError.
+    training. training=False: ImageNet's, which take a while to list, are left out. Raises ValueError.
     """
     defaults, path = row(name, folder), os.path.join(folder, f'{name}.npz')
+    classes = defaults['classes']
     if os.path.exists(path):
-        arrays = from_npz(path, defaults['classes'])
+        arrays = from_npz(path, classes)
     elif name in ('digits', 'synthetic'):
         arrays = {'digits': digits, 'synthetic': synthetic}[name]()
+    elif name == 'imagenet':
+        arrays, classes = imagenet.load(folder, training)
     else:
-        arrays = imagenet.load(folder) if name == 'imagenet' else from_torchvision(name, folder)
+        arrays = from_torchvision(name, folder)
     x_train, y_train, x_test, y_test = [
         a if isinstance(a, Files) else
         torch.from_numpy(np.ascontiguousarray(a, np.uint8 if a.ndim == 4 else np.int64)).to(device)
@@ -190,7 +193,7 @@ def load(name, folder='data', *, subset=None, device='cpu'):
             raise ValueError(f'--subset {subset}: {name} has {len(train)} training images '
                              f'beside the {held_out} held out')
         train = train[:subset]
-    classes = defaults['classes'] or int((y_train if len(y_train) else y_test).max()) + 1
+    classes = classes or int(y_train.max()) + 1
     return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
 
@@ -261,6 +264,11 @@ def crop_flip(x, generator, padding=4):
     columns = torch.where(draw(2) == 1, columns.flip(0), columns) + draw(2 * padding + 1)
     return padded[torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
+def at_once(n, x):
+    """How many of the images x go through a network with gradients where n of CIFAR's do: memory grows with
+    their pixels."""
+    return max(4, n * 64 ** 2 // max(64 ** 2, x.shape[1] * x.shape[2]))
+
 def batches(x, y, batch_size, augment=False, generator=None, *, first=0, share=slice(None)):
     """
     Yield x fp32 (B,3,H,W) in [0, 1] and y (B,). With a generator (on y's device): one epoch in random order,
@@ -272,14 +280,17 @@ def batches(x, y, batch_size, augment=False, generator=None, *, first=0, share=s
         batch_size = min(batch_size, len(y))
         order = torch.randperm(len(y), generator=generator, device=y.device)
         order = order[:len(y) // batch_size * batch_size]
-    augment, index = augment and generator is not None, order.split(batch_size)
+    augment = augment and generator is not None
     if isinstance(x, Files):
-        seeds = augment and torch.randint(2 ** 31, order.shape, generator=generator, device=y.device)
-        cut = lambda parts: [part[share] for part in parts][first:]
-        decoded = imagenet.batches(x, y, cut(index), cut(seeds.split(batch_size)) if augment else None)
-        yield from ((to_float(images), labels) for images, labels in decoded)
+        seeds = None
+        if augment:
+            seeds = torch.randint(2 ** 31, order.shape, generator=generator, device=y.device)
+            seeds = [s[share] for s in seeds.cpu().split(batch_size)[first:]]
+        index = [i[share] for i in order.cpu().split(batch_size)[first:]]
+        for images, labels in imagenet.batches(x, y, index, seeds):
+            yield to_float(images), labels
         return
-    for k, i in enumerate(index):
+    for k, i in enumerate(order.split(batch_size)):
         images = crop_flip(x[i], generator) if augment else x[i]
         if k >= first:
             yield to_float(images[share]), y[i[share]]

@@ -73,8 +73,9 @@ g.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
 g.add_argument('--individual', action='store_true',
                help='run every part of AutoAttack also on the images that the parts before it broke: '
                     'its accuracy alone')
-g.add_argument('--batch-size', type=int, default=250 if torch.cuda.is_available() else 50,
-               help='default: 250, on a CPU 50, which its cache holds; AutoAttack draws its noise per batch')
+g.add_argument('--batch-size', type=int,
+               help='default: 250, on a CPU 50, which its cache holds, fewer if they are large; AutoAttack '
+                    'draws its noise per batch')
 g.add_argument('--compile', action='store_true',
                help='faster after a minute: the attacks search on the compiled network, the verdict is eager')
 g.add_argument('--fast', action='store_true',
@@ -102,7 +103,7 @@ notes, flags = [], {}       # what a reader of the number should know, in words 
 try:
     for name in ('steps', 'restarts', 'batch_size', 'sweep_steps'):
         value = getattr(args, name) if name != 'sweep_steps' else min(args.sweep_steps, default=1)
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f'--{name.replace("_", "-")} {value}: at least 1')
     shard = re.fullmatch(r'(\d+)/(\d+)', args.shard)
     shard = shard and (int(shard[1]), int(shard[2]))
@@ -133,7 +134,8 @@ try:
     if not ours and args.model is None:
         raise ValueError(f'{args.checkpoint} holds weights only: '
                          'name their architecture with --model (and --width)')
-    d = data.load(args.dataset, args.data_dir, device=device)
+    d = data.load(args.dataset, args.data_dir, device=device, training=False)
+    args.batch_size = args.batch_size or data.at_once(250 if device.type == 'cuda' else 50, d.x_test)
     foreign = dict(width=args.width, mean=args.mean, std=args.std, activation=args.activation or 'relu')
     model, meta = load_checkpoint(args.checkpoint, args.model, d.classes, **foreign)
     source = args.transfer_from and load_checkpoint(args.transfer_from, args.model, d.classes, **foreign)[0]
@@ -173,9 +175,11 @@ try:
             searched = models.folded(model)
     bf16 = args.fast and models.amp_dtype('auto', device) is torch.bfloat16
     search = f'{"bfloat16" if bf16 else "float32"}, {"compiled" if args.compile else "eager"}'
-    search += ', BN folded' * (searched is not model)
+    layers = lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
+    search += ', BN folded' * (layers(searched) < layers(model))
     search += f'; what is left, {" and ".join(FAST)} again in float32' if bf16 else ''
     images = hashlib.sha256(pixels.cpu().numpy().tobytes() + y_test.numpy().tobytes())
+    del pixels
     evaluated = dict(
         {k: getattr(args, k) for k in ('norm', 'eps', 'step_size', 'steps', 'restarts', 'batch_size', 'seed',
                                        'branch')},
@@ -192,6 +196,8 @@ except ValueError as e:
     parser.error(e)
 except OSError as e:
     parser.error(f'cannot write {e.filename or args.out}: {e.strerror}')
+except KeyboardInterrupt:
+    sys.exit('\nstopped before the first attack')
 eps, step_size = args.eps / 255, args.step_size / 255
 attacked_net = half_net = torch.compile(searched) if args.compile else model
 if source:

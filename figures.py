@@ -293,7 +293,7 @@ def draw(report, checkpoint=None, out=None, *, data_dir=None, n=200, per_class=3
     dataset, norm, eps = (first[k] for k in ('dataset', 'norm', 'eps_pixels'))
     K = first['model']['num_classes']
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    d = data.load(dataset, data_dir or first['args']['data_dir'], device=device) if nets else None
+    d = nets and data.load(dataset, data_dir or first['args']['data_dir'], device=device, training=False)
     if d and d.classes != K:
         raise ValueError(f'{paths[0]} knows {K} classes, {dataset} has {d.classes}')
     names = NAMES.get(dataset, [str(c) for c in range(K)])

@@ -10,13 +10,11 @@ Training", appendix A.1: in [0, 1] and not standardised).
 The test images are RobustBench's 5,000 (imagenet5000.txt: the numbers N of ILSVRC2012_val_N.JPEG, in its
 order); of other folders 5,000 of val, or all if it has fewer, in an order that is always the same.
 """
-import os, re, signal, sys
+import atexit, multiprocessing, os, re, signal, sys
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision import transforms
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 from tqdm import tqdm
 
 SIZE = 224
@@ -38,13 +36,14 @@ class Files:
     def shape(self):
         return len(self), SIZE, SIZE, 3
 
-def load(folder):
-    """x_train, y_train, x_test, y_test: Files, and numpy labels. Without DIR/train there is nothing to train
-    on, but something to evaluate. Raises ValueError."""
+def load(folder, training=True):
+    """(x_train, y_train, x_test, y_test), Files and numpy labels, and the number of classes. training=False:
+    no training images, and DIR/train is not looked for. Raises ValueError."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
     found = {}
     for split in ('val', 'train'):
         path = os.path.join(folder, split)
-        if split == 'train' and not os.path.isdir(path):
+        if split == 'train' and not training:
             found[split] = found['val'][0], []
             continue
         try:
@@ -61,19 +60,25 @@ def load(folder):
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet5000.txt')) as f:
         wanted = f.read().split()
     number = {m[1]: item for item in found['val'][1]
-              if (m := re.search(r'ILSVRC2012_val_0*(\d+)\.', item[0]))}
-    if number.keys() >= set(wanted):
+              if (m := re.search(r'ILSVRC2012_val_0*(\d+)\D', item[0]))}
+    classes = len(found['val'][0])
+    if classes == 1000 and number:              # ImageNet, and not a part of it
+        if missing := [n for n in wanted if n not in number]:
+            raise ValueError(f"{folder}: {len(missing)} of RobustBench's 5,000 test images are missing, the "
+                             f'first is ILSVRC2012_val_{int(missing[0]):08}: fetch it again')
         test = [number[n] for n in wanted]
-    return [part for items in (train, test) for part in
-            (Files([os.fsencode(path) for path, _ in items]), np.array([y for _, y in items], np.int64))]
+    files = lambda items: Files([os.fsencode(path) for path, _ in items])
+    labels = lambda items: np.array([label for _, label in items], np.int64)
+    return (files(train), labels(train), files(test), labels(test)), classes
 
 # -----------------------------------------------------------------------------
 # decoding
 
 class Decoded(torch.utils.data.Dataset):
-    """(i, seed) -> image uint8 (SIZE,SIZE,3), its number, and the files that could not be read: the number is
-    that of the next one that can. seed: of the random crop; None: the centre. At most so many tries."""
+    """(i, seed) -> image uint8 (SIZE,SIZE,3), its number, unreadable files. If file i cannot be read, the
+    next that can stands in, under its own number. seed: of the random crop; None: the centre."""
     def __init__(self, files, tries=TRIES):
+        from torchvision import transforms
         self.files, self.tries = files, min(tries, len(files))
         self.centre = transforms.Compose([transforms.Resize(SIZE * 256 // 224), transforms.CenterCrop(SIZE)])
         self.random = transforms.Compose([transforms.RandomResizedCrop(SIZE),
@@ -101,7 +106,7 @@ def collate(items):
     return torch.stack(images), torch.tensor(numbers), sum(unreadable, [])
 
 def deaf(worker):
-    """To Ctrl-C and SIGTERM: the training saves its state, and then ends its workers."""
+    """To Ctrl-C and SIGTERM, which may reach every process at once: first the training saves its state."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -115,16 +120,19 @@ def decode(items, dataset, device):
     Raises OSError if nothing can be read."""
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=items, collate_fn=collate, worker_init_fn=deaf,
-        num_workers=min(16, cores()), prefetch_factor=4, pin_memory=device.type == 'cuda',
+        num_workers=min(16, cores()), prefetch_factor=2, pin_memory=device.type == 'cuda',
+        multiprocessing_context=multiprocessing.get_context('fork'),        # a script would start again
         generator=torch.Generator())            # its own: the training's noise does not depend on it
-    for x, numbers, unreadable in loader:
+    loaded = iter(loader)
+    atexit.register(loaded._shutdown_workers)   # who leaves in the middle would wait for the deaf for ever
+    for x, numbers, unreadable in loaded:
         if x is None:
-            unreadable = sorted(set(unreadable))
-            raise OSError(f'{len(unreadable)} unreadable image files: {", ".join(unreadable[:3])}')
+            raise OSError(f'cannot read {", ".join(sorted(set(unreadable))[:3])}: fetch it again')
         for path in sorted(set(unreadable) - reported):
             tqdm.write(f'cannot read {path}: the next image takes its place', file=sys.stderr)
         reported.update(unreadable)
-        yield x.to(device, non_blocking=True), numbers
+        yield x.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
+    atexit.unregister(loaded._shutdown_workers)
 
 def batches(files, y, index, seeds=None):
     """Yield images uint8 (B,SIZE,SIZE,3) and labels (B,) on y's device. index: per batch, the numbers of its
@@ -132,7 +140,7 @@ def batches(files, y, index, seeds=None):
     seeds = [s.tolist() for s in seeds] if seeds else [[None] * len(i) for i in index]
     items = (list(zip(i.tolist(), s)) for i, s in zip(index, seeds))
     for x, numbers in decode(items, Decoded(files), y.device):
-        yield x, y[numbers.to(y.device)]
+        yield x, y[numbers]
 
 def in_memory(x, device):
     """The images of Files, uint8 (N,SIZE,SIZE,3) on the device; a tensor as it is. Raises ValueError for an
@@ -143,4 +151,4 @@ def in_memory(x, device):
     try:
         return torch.cat([images for images, _ in decode(items, Decoded(x, tries=1), device)])
     except OSError as e:
-        raise ValueError(f'{e}: fetch it again') from e
+        raise ValueError(e) from e

@@ -62,6 +62,8 @@ def check(args, method, hp):
             (args.targets and ('y' not in needs(method.loss) or args.loss in ('als', 'iad1')
                                or args.loss == 'ard' and hp['alpha'] == 1),
              f'--targets: --loss {args.loss} takes no cross-entropy to a label'),
+            (args.recipe == 'paper' and args.dataset == 'imagenet',
+             "--recipe paper: those recorded are for CIFAR; --dataset imagenet brings LTD's for ImageNet"),
             (args.ema and args.swa, '--ema and --swa: one average of the weights at a time'),
             (args.swa and args.dual_bn, "--swa would need the auxiliary BN's statistics again: use --ema"),
             (not args.dual_bn and (args.craft_branch, args.eval_branch) != ('aux', 'main'),

@@ -173,5 +173,6 @@ def find_flags(first, results, recount, warnings, trained, evaluated, adv, n):
     before = trained.get('norm', attack[0]), trained.get('eps', attack[1])
     flag('threat_model', before != attack, f'trained against {before[0]} {before[1]:g}/255, '
          f'attacked with {attack[0]} {attack[1]:g}/255', trained=before)
-    flag('n', n < 10000, f'{n} images: not comparable with a leaderboard, mind the interval', n=n)
+    enough = 5000 if trained.get('dataset') == 'imagenet' else 10000
+    flag('n', n < enough, f'{n} images: not comparable with a leaderboard, mind the interval', n=n)
     return flags

@@ -39,6 +39,8 @@ for name, (low, high) in limits.items():
     for value in [base[name], *grid[name]]:
         if not low <= value <= high:
             parser.error(f'{name.replace("_", " ")} {value}: from {low} to {high}')
+if any(args.batch_size % n for n in args.processes):
+    parser.error(f'--processes {args.processes}: each has to divide --batch-size {args.batch_size}')
 try:
     with atomic(f'{args.out}.json') as tmp, open(tmp, 'w') as f:        # proves now that it can be written
         f.write('{}')
@@ -56,14 +58,14 @@ def images_per_second(folder, *, processes, **flags):
          *[f'--{name.replace("_", "-")}={value}' for name, value in flags.items()]],
         capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=str(args.threads)))
     if done.returncode:
-        sys.exit(f'{flags}, {processes} processes: {done.stderr.strip().splitlines()[-1]}')
+        sys.exit(f'{flags}, {processes} processes:\n{done.stderr[-2000:]}')
     with open(f'{folder}/log.jsonl') as f:
-        return [json.loads(line)['img_per_s'] for line in f][2:]
+        return [json.loads(line)['img_per_s'] for line in f.readlines()[2:]]
 
 points = {tuple({**base, name: value}.items()) for name, values in grid.items() for value in values}
 rates = {}
 with tempfile.TemporaryDirectory() as folder:
-    for k, point in enumerate(tqdm(sorted(points), disable=None)):
+    for k, point in enumerate(tqdm(sorted(points, key=lambda point: point[::-1]), disable=None)):
         rates[point] = images_per_second(f'{folder}/{k}', **dict(point))
 
 # -----------------------------------------------------------------------------

@@ -289,7 +289,8 @@ def validate(model, n=None, bn=None):
     net = fast.get(model, model)
     hits = torch.zeros(3, device=device)
     with attack_mode(model), branch(model, bn):
-        batches = data.batches(d.x_val[:n], d.y_val[:n], 500 if device.type == 'cuda' else 50)
+        batches = data.batches(d.x_val[:n], d.y_val[:n],
+                               data.at_once(500 if device.type == 'cuda' else 50, d.x_val))
         for x, y in itertools.islice(batches, rank, None, world):
             ce = lambda x: F.cross_entropy(net(x), y, reduction='none')
             x_adv = pgd(ce, x, eps=args.eps / 255, step_size=args.eps / 4 / 255, steps=20, norm=args.norm)
@@ -303,25 +304,25 @@ def validate(model, n=None, bn=None):
 
 # -----------------------------------------------------------------------------
 # the configuration, then the table
-for net, role in ((teacher, 'teacher'), (standard, 'standard_teacher')):
-    if net is not None:
-        n = min(100, len(d.y_val))
-        clean, robust, _ = validate(net, n)
-        about[role].update(val_clean=clean, val_pgd20=robust, val_n=n)
-        print(f'{role.replace("_", " ")} {about[role]["path"]} ({about[role]["fingerprint"]}): '
-              f'{clean:.1f} % clean, {robust:.1f} % under PGD-20 on {n} held-out images', flush=True)
-config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train),
-              val_images=len(d.y_val), teachers=about, precision=str(dtype or torch.float32), processes=world,
-              **environment(device))
-run = dict(vars(args), teachers={role: known['fingerprint'] for role, known in about.items()},
-           device=device.type)
-if args.resume:
-    try:
-        training.load_state(args.out, run, now, parts)
-    except ValueError as e:
-        parser.error(e)
 rule = f'{"PGD-20" if method.inner else "clean accuracy"} on {len(d.y_val)} held-out training images'
 with training.guarded(args, now) as stop:
+    for net, role in ((teacher, 'teacher'), (standard, 'standard_teacher')):
+        if net is not None:
+            n = min(100, len(d.y_val))
+            clean, robust, _ = validate(net, n)
+            about[role].update(val_clean=clean, val_pgd20=robust, val_n=n)
+            print(f'{role.replace("_", " ")} {about[role]["path"]} ({about[role]["fingerprint"]}): '
+                  f'{clean:.1f} % clean, {robust:.1f} % under PGD-20 on {n} held-out images', flush=True)
+    config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train),
+                  val_images=len(d.y_val), teachers=about, precision=str(dtype or torch.float32),
+                  processes=world, **environment(device))
+    run = dict(vars(args), teachers={role: known['fingerprint'] for role, known in about.items()},
+               device=device.type)
+    if args.resume:
+        try:
+            training.load_state(args.out, run, now, parts)
+        except ValueError as e:
+            parser.error(e)
     if rank == 0:
         table = Table(args.out, config, first=now.epoch, epoch='d', lr='.4f', loss='.4f', val_clean='.2f',
                       val_pgd20='.2f', img_per_s='.0f', peak_gib='.2f', min_left='.1f')

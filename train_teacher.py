@@ -76,7 +76,8 @@ def validate():
     """Accuracy in percent and mean CE on the held-out training images; eager, without autocast."""
     model.eval()
     hits = torch.zeros(2, device=device)
-    for x, y in itertools.islice(data.batches(d.x_val, d.y_val, 500), rank, None, world):
+    batches = data.batches(d.x_val, d.y_val, data.at_once(500, d.x_val))
+    for x, y in itertools.islice(batches, rank, None, world):
         logits = model(x)
         hits += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction='sum')])
     training.average([hits])
@@ -105,9 +106,9 @@ with training.guarded(args, now) as stop:
         model.train()
         begun, images = time.perf_counter(), 0
         generator.set_state(now.order)              # of the whole epoch, also of one that was interrupted
-        batches = data.batches(d.x_train, d.y_train, args.batch_size, d.augment, generator,
-                               first=now.batch, share=slice(rank, None, world))
-        for x, y in tqdm(batches, total=steps_per_epoch, initial=now.batch, leave=False,
+        for x, y in tqdm(data.batches(d.x_train, d.y_train, args.batch_size, d.augment, generator,
+                                      first=now.batch, share=slice(rank, None, world)),
+                         total=steps_per_epoch, initial=now.batch, leave=False,
                          disable=None if rank == 0 else True):
             total = 0.0
             for k in range(args.accumulate):

@@ -6,7 +6,7 @@ from, one line for whatever goes wrong, and several processes, started by torchr
     with guarded(args, now) as stop:                # signals and errors
         ... if stop.asked: save_state(...)
 """
-import argparse, contextlib, math, os, shlex, signal, sys, time
+import argparse, contextlib, errno, math, os, shlex, signal, sys, time
 
 import torch
 import torch.distributed as dist
@@ -182,7 +182,8 @@ def guarded(args, now):
     try:
         yield stop
     except OSError as e:
-        what = f'cannot write {args.out}: {e.strerror}' if e.strerror else e       # not read: e says what
+        unwritten = e.strerror and e.errno not in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+        what = f'cannot write {args.out}: {e.strerror}' if unwritten else e
         sys.exit(f'{what}. Stopped in epoch {now.epoch}; '
                  'what was saved before is intact, and --resume continues')
     except FloatingPointError as e:
@@ -190,6 +191,9 @@ def guarded(args, now):
     except KeyboardInterrupt:
         sys.exit(f'\nstopped in epoch {now.epoch}; {args.out} holds what was saved, --resume continues')
     except RuntimeError as e:
+        if 'DataLoader worker' in str(e):
+            sys.exit(f'{e}. A process that decodes images has died: too little memory, or shared memory '
+                     f'(/dev/shm; docker run --shm-size)? Stopped in epoch {now.epoch}; --resume continues')
         if 'out of memory' not in str(e).lower() and "can't allocate memory" not in str(e):
             raise
         sys.exit(f'out of memory with --batch-size {args.batch_size}: try {args.batch_size // 2}, '

@@ -2,7 +2,7 @@
 What happens when something goes wrong: each fault injected into a run as a user starts it, as a table.
 
 $ python tests/fault_table.py > results/faults.md                       # ten minutes on a CPU
-$ python tests/fault_table.py runs/x/best.pt data > results/faults.md   # evaluating that with AutoAttack: longer
+$ python tests/fault_table.py runs/x/best.pt data > results/faults.md   # AutoAttack on that: longer
 """
 import json, os, pathlib, random, resource, shutil, signal, subprocess, sys, tempfile, time
 
@@ -154,5 +154,5 @@ row(f'kill -9 of {what}, three times', -9, '-',
     'the same command ends in ' + same('killed.json', 'whole.json'))
 shards = [start([*evaluate, '--out', 'shards.json', '--shard', f'{k}/4']) for k in range(4)]
 [process.communicate() for process in shards]
-row(f'none: four shards of {what}, in one folder', shards[0].returncode, '-', same('shards.json', 'whole.json'))
+row(f'none: {what} in four shards', shards[0].returncode, '-', same('shards.json', 'whole.json'))
 shutil.rmtree(work)

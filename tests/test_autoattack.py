@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from pyautoattack import AutoAttack
 
 import attacks, checkpoint, data
+from figures import load_network
+from imagenet import in_memory
+from models import branch
 from test_smoke import run
 
 def test_image_by_image(tmp_path):
@@ -34,17 +37,17 @@ def test_image_by_image(tmp_path):
 def by_one_call(report, folder):
     """-> n booleans, what evaluate.py says and what pyautoattack says; the seconds that each took."""
     args, name = report['args'], 'autoattack (worst case)'
-    d = data.load(report['dataset'], folder)
-    model, _ = checkpoint.load_checkpoint(report['checkpoint'], args['model'], d.classes, width=args['width'])
-    model.requires_grad_(False)
+    d = data.load(report['dataset'], folder, training=False)
+    model = load_network(report['checkpoint'], report).requires_grad_(False)    # of this fingerprint
     n = report['results'][name]['n']
-    x, y = data.to_float(d.x_test[:n]), d.y_test[:n]
+    x, y = data.to_float(in_memory(d.x_test[:n], torch.device('cpu'))), d.y_test[:n]
     aa = AutoAttack(model, norm=report['norm'], eps=report['eps'], seed=args['seed'], version='standard')
     begun = time.perf_counter()
-    x_adv, _ = aa.run_standard_evaluation(x, y, batch_size=args['batch_size'])
-    seconds = time.perf_counter() - begun
-    with torch.no_grad():
-        right = torch.cat([model(xb) for xb in x_adv.split(args['batch_size'])]).argmax(1) == y
+    with branch(model, args['branch']):
+        x_adv, _ = aa.run_standard_evaluation(x, y, batch_size=args['batch_size'])
+        seconds = time.perf_counter() - begun
+        with torch.no_grad():
+            right = torch.cat([model(xb) for xb in x_adv.split(args['batch_size'])]).argmax(1) == y
     ours = torch.tensor([c == '1' for c in report['results'][name]['robust']])
     return ours, right, report['results'][name]['seconds'], seconds
 

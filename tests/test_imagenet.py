@@ -1,5 +1,5 @@
 """Class folders of image files: what is read, cropped, held out, skipped, refused, trained, evaluated."""
-import json, pathlib, subprocess, sys
+import json, os, pathlib, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -77,23 +77,26 @@ def test_a_damaged_file_is_named_and_replaced_in_training_and_refused_in_evaluat
     assert ((out[0].mean((1, 2, 3)) * 255 - 60) / 40).round().long().tolist() == out[1].tolist()
     said = capsys.readouterr().err
     assert all(said.count(str(path)) == 1 for path in bad)
-    with pytest.raises(ValueError, match=f'2 unreadable.*{bad[0].name}'):
+    with pytest.raises(ValueError, match=f'cannot read .*{bad[0].name}'):
         imagenet.in_memory(d.x_train, torch.device('cpu'))
     for path in d.x_train.paths:
         pathlib.Path(path.decode()).write_bytes(b'<html>')
-    with pytest.raises(OSError, match='36 unreadable'):
+    with pytest.raises(OSError, match='cannot read .*, .*, '):
         next(data.batches(d.x_train, d.y_train, 8, True, torch.Generator()))
 
 def test_robustbenchs_5000_are_taken_in_their_order(tmp_path):
     numbers = (HERE / 'imagenet5000.txt').read_text().split()
     assert len(set(numbers)) == 5000 and all(1 <= int(n) <= 50000 for n in numbers)
-    for k in range(2):
-        (tmp_path / f'val/n{k}').mkdir(parents=True)
+    for k in range(1000):
+        (tmp_path / f'val/n{k:03}').mkdir(parents=True)
     for k, n in enumerate([*numbers, '50000']):                     # which is not among them
-        (tmp_path / f'val/n{k % 2}/ILSVRC2012_val_{int(n):08}.JPEG').touch()
-    d = data.load('imagenet', tmp_path)
+        (tmp_path / f'val/n{k % 1000:03}/ILSVRC2012_val_{int(n):08}.JPEG').touch()
+    d = data.load('imagenet', tmp_path, training=False)
     assert [int(p[-13:-5]) for p in d.x_test.paths] == list(map(int, numbers))
-    assert d.y_test.tolist() == [k % 2 for k in range(5000)] and len(d.y_train) == 0
+    assert d.y_test.tolist() == [k % 1000 for k in range(5000)] and (len(d.y_train), d.classes) == (0, 1000)
+    (tmp_path / f'val/n007/ILSVRC2012_val_{int(numbers[7]):08}.JPEG').unlink()
+    with pytest.raises(ValueError, match=f'1 of .* missing.*{int(numbers[7]):08}'):
+        data.load('imagenet', tmp_path, training=False)
 
 @pytest.mark.parametrize('name, millions', [('torchvision-resnet50', 25.557),
                                             ('torchvision-wide_resnet50_2', 68.883)])
@@ -155,3 +158,20 @@ def test_as_a_user_runs_it(tmp_path):
     first.write_bytes(b'')
     done = python(*evaluate, '--out', tmp_path / 'again.json')
     assert done.returncode == 2 and first.name in done.stderr and 'Traceback' not in done.stderr
+
+@pytest.mark.parametrize('script', ['train_teacher.py', 'train_adv.py'])
+def test_a_signal_to_everyone_saves_and_ends(script, tmp_path):
+    """As Ctrl-C and clusters do: also to the processes that decode, which must not outlive the training."""
+    images = tree(tmp_path / 'images', train=12, val=3)
+    flags = ['--dataset', 'imagenet', '--data-dir', images, '--model', 'torchvision-resnet18', '--lr', 0.01,
+             '--batch-size', 2, '--epochs', 3, '--save-minutes', 0, '--out', tmp_path / 'run']
+    flags += ['--loss', 'pgd_at', '--steps', 1] if script == 'train_adv.py' else []
+    process = subprocess.Popen([sys.executable, HERE / script, *map(str, flags)], stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / 'run/state.pt').exists() and process.poll() is None:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and 'Continue with' in err and 'Traceback' not in err, err
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)                                   # nobody is left
