@@ -54,7 +54,7 @@ def images_per_second(folder, *, processes, **flags):
     done = subprocess.run(
         [sys.executable, *launcher * (processes > 1), script, '--loss=trades', '--dataset=synthetic',
          '--compile', f'--epochs={EPOCHS}', f'--out={folder}',
-         f'--subset={min(IMAGES, max(128, 2 * flags["batch_size"]))}',
+         f'--subset={min(IMAGES, max(256, 2 * flags["batch_size"]))}',
          *[f'--{name.replace("_", "-")}={value}' for name, value in flags.items()]],
         capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=str(args.threads)))
     if done.returncode:

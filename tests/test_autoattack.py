@@ -43,7 +43,7 @@ def by_one_call(report, folder):
     x, y = data.to_float(in_memory(d.x_test[:n], torch.device('cpu'))), d.y_test[:n]
     aa = AutoAttack(model, norm=report['norm'], eps=report['eps'], seed=args['seed'], version='standard')
     begun = time.perf_counter()
-    with branch(model, args['branch']):
+    with branch(model, args.get('branch')):
         x_adv, _ = aa.run_standard_evaluation(x, y, batch_size=args['batch_size'])
         seconds = time.perf_counter() - begun
         with torch.no_grad():
