@@ -18,7 +18,7 @@ import argparse, json, os, shlex, shutil, statistics, subprocess, sys
 
 MODEL = '--model resnet18 --width 8'
 BUDGET = f'{MODEL} --subset 5000 --epochs 3 --batch-size 64 --lr 0.1 --compile'
-STANDARD, ROBUST = 'runs/small/teacher/best.pt', 'runs/small/trades-s0/best.pt'
+STANDARD, ROBUST = 'runs/small/teacher/best.pt', 'runs/small/pgd_at-warm-s0/best.pt'
 SMALL = {
     'standard':      '--loss standard',
     'als':           '--loss als',
