@@ -11,30 +11,27 @@ $ python evaluate.py runs/x/best.pt --verify adv.pt                             
 
 fp32 without TF32, eager, BN in eval mode. An image counts as robust if it is classified correctly as it is
 and after every attack of the row; those misclassified as they are are not attacked. AutoAttack is its
-authors' (Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
-Parameter-free Attacks"), version standard: its four attacks in turn, each on the images that are left,
-which is the published number. Killed, the same command continues, with the same result (resumable.py).
+authors' (autoattack.py), version standard: its four attacks in turn, each on the images that are left, which
+is the published number. Killed, the same command continues, with the same result (resumable.py).
 With --fast the attacks search on the compiled network, its BN folded into its convolutions, AutoAttack in
 bf16 where the GPU has it; its first two attacks then go on in fp32 with what is left. Every verdict is the
 eager network's, in fp32.
 """
-import argparse, hashlib, logging, math, os, re, sys, time
+import argparse, hashlib, math, os, re, sys, time
 
 import torch
 import torch.nn.functional as F
-from pyautoattack import AutoAttack
 from tqdm import tqdm
 
 import attacks, audit, checkpoint, data, imagenet, models
 from attacks import attack_mode, cw_margin, fgsm, pgd
+from autoattack import COST, FAST, PARTS, one_part
 from checkpoint import fingerprint, load_checkpoint
 from log import atomic, environment
 from models import branch
 from report import HEADER, check_images, distance, find_flags, inspect, line, load_adv, summary, write
 from resumable import Saved
 
-PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']        # of AutoAttack standard, in its order
-FAST = PARTS[:2]                                        # by them nearly every image falls that falls at all
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
 UNFINISHED = '"complete": false'
 
@@ -208,8 +205,8 @@ if bf16:                                                # x stays in fp32: a bf1
             return attacked_net(x).float()
 
 # -----------------------------------------------------------------------------
-# attacks: each takes a batch of images that are classified correctly and returns x_adv, and how many of
-# them it says it broke, if it says so
+# attacks: each takes a batch of images that are classified correctly and returns x_adv, how many of them it
+# says it broke, if it says so, and its warnings
 
 def ce(net, y):
     return lambda x_adv: F.cross_entropy(net(x_adv), y, reduction='none')
@@ -219,40 +216,27 @@ def margin(net, y):
 
 def iterated(objective=ce, net=attacked_net, eps=eps, step_size=step_size, steps=args.steps, init='uniform'):
     settings = dict(eps=eps, step_size=step_size, steps=steps, init=init, norm=args.norm)
-    return lambda x, y: (pgd(objective(net, y), x, **settings), None)
+    return lambda x, y: (pgd(objective(net, y), x, **settings), None, [])
 
 def part(name, net):
-    """One of AutoAttack's four, as its version standard runs it on one batch."""
-    # it takes views of x and of its gradient, which channels_last memory refuses: contiguous
-    # outside, any layout inside
-    logits = lambda x: net(x.flatten(1).view(x.shape).contiguous(memory_format=models.layout(device)))
     def attack(x, y):
-        aa = AutoAttack(logits, norm=args.norm, eps=eps, seed=args.seed, version='standard', device=device)
-        aa.attacks_to_run = [name]
-        aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, d.classes - 1)
         if args.compile:
-            logits(x)                           # compiling under its eyes looks to it like a dynamic defense
-        x_adv, taken_for = aa.run_standard_evaluation(x.contiguous(), y, batch_size=len(x))
-        return x_adv, (taken_for != y).sum().item()
+            net(x)                              # compiling under its eyes looks to it like a dynamic defense
+        return one_part(name, net, x, y, eps=eps, norm=args.norm, seed=args.seed, classes=d.classes)
     return attack
 
 # name -> attack, its eps, forward and backward passes per image as timed (for the time that is left)
 SWEEPS = {**{f'pgd-{args.steps} at eps {e:g}': (iterated(eps=e / 255, step_size=step_size * e / args.eps),
                                                 e / 255, args.steps) for e in args.sweep_eps},
           **{f'pgd-{k}': (iterated(steps=k), eps, k) for k in args.sweep_steps}}
-ATTACKS = {'fgsm': (lambda x, y: (fgsm(ce(attacked_net, y), x, eps=eps, norm=args.norm), None), eps, 1),
+ATTACKS = {'fgsm': (lambda x, y: (fgsm(ce(attacked_net, y), x, eps=eps, norm=args.norm), None, []), eps, 1),
            'pgd': (iterated(), eps, args.steps), 'cw': (iterated(margin), eps, args.steps),
            'transfer': (iterated(net=source), eps, args.steps),
            'weak': (iterated(eps=0.1, step_size=2 / 255, steps=2, init='zero'), 0.1, 2),
            'strong': (iterated(eps=0.5, step_size=0.5, steps=2, init='zero'), 0.5, 2),
-           **{name: (part(name, half_net), eps, cost) for name, cost in zip(PARTS, (100, 800, 1500, 2100))},
-           **{f'{name} again': (part(name, attacked_net), eps, cost) for name, cost in zip(FAST, (100, 800))},
+           **{name: (part(name, half_net), eps, COST[name]) for name in PARTS},
+           **{f'{name} again': (part(name, attacked_net), eps, COST[name]) for name in FAST},
            **SWEEPS}
-
-warned, theirs = [], logging.getLogger('auto-attack')   # its own warnings (randomised, zero gradients, Square
-theirs.propagate, listener = False, logging.Handler(logging.WARNING)    # wins) belong in the report
-listener.emit = lambda record: warned.append(record.getMessage())
-theirs.addHandler(listener)
 
 @torch.no_grad()
 def predict(x):
@@ -265,14 +249,13 @@ def predict(x):
 def attacked(name, x, y, seed):
     """One batch -> what it is taken for, how far x went, what the attack says it broke and warned of."""
     torch.manual_seed(seed)
-    warned.clear()
     attack, radius, _ = ATTACKS[name]
-    x_adv, broken = attack(x, y)
+    x_adv, broken, warned = attack(x, y)
     moved = distance(x_adv, x, args.norm).max().item()
     if not (moved <= radius * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
         sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): '
                  'its result is worth nothing')
-    return dict(predicted=predict(x_adv).cpu(), moved=moved, broken=broken, warned=list(warned),
+    return dict(predicted=predict(x_adv).cpu(), moved=moved, broken=broken, warned=warned,
                 x_adv=x_adv.cpu() if args.save_adv and radius == eps else None)
 
 def survivors(name, predicted, todo=None):
