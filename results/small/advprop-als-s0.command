@@ -1,0 +1,4 @@
+python train_adv.py --model resnet18 --width 8 --subset 5000 --epochs 3 --batch-size 64 --lr 0.1 --compile --loss advprop --targets als --seed 0 --out runs/small/advprop-als-s0
+python evaluate.py runs/small/advprop-als-s0/best.pt --n 1000 --attacks pgd --out runs/small/advprop-als-s0/pgd.json
+python evaluate.py runs/small/advprop-als-s0/best.pt --n 200 --attacks autoattack --batch-size 200 --compile --out runs/small/advprop-als-s0/autoattack.json
+python evaluate.py runs/small/advprop-als-s0/best.pt --n 1000 --attacks pgd --branch aux --out runs/small/advprop-als-s0/pgd-aux.json
