@@ -124,15 +124,18 @@ def decode(items, dataset, device):
         multiprocessing_context=multiprocessing.get_context('fork'),        # a script would start again
         generator=torch.Generator())            # its own: the training's noise does not depend on it
     loaded = iter(loader)
-    atexit.register(loaded._shutdown_workers)   # who leaves in the middle would wait for the deaf for ever
-    for x, numbers, unreadable in loaded:
-        if x is None:
-            raise OSError(f'cannot read {", ".join(sorted(set(unreadable))[:3])}: fetch it again')
-        for path in sorted(set(unreadable) - reported):
-            tqdm.write(f'cannot read {path}: the next image takes its place', file=sys.stderr)
-        reported.update(unreadable)
-        yield x.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
-    atexit.unregister(loaded._shutdown_workers)
+    atexit.register(loaded._shutdown_workers)   # a script that ends in the middle would wait for the deaf
+    try:
+        for x, numbers, unreadable in loaded:
+            if x is None:
+                raise OSError(f'cannot read {", ".join(sorted(set(unreadable))[:3])}: fetch it again')
+            for path in sorted(set(unreadable) - reported):
+                tqdm.write(f'cannot read {path}: the next image takes its place', file=sys.stderr)
+            reported.update(unreadable)
+            yield x.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
+    finally:
+        loaded._shutdown_workers()
+        atexit.unregister(loaded._shutdown_workers)
 
 def batches(files, y, index, seeds=None):
     """Yield images uint8 (B,SIZE,SIZE,3) and labels (B,) on y's device. index: per batch, the numbers of its
