@@ -380,12 +380,14 @@ def test_readme_commands_run(tmp_path, monkeypatch):
                 for line in block.splitlines() if line.startswith(('python ', 'torchrun '))]
     assert len(commands) >= 6
     for command in commands:
-        script, *argv = shlex.split(command.replace('cifar10-resnet18', 'cifar10-resnet18-w4'),
-                                    comments=True)[1:]
+        smaller = command.replace('cifar10-resnet18', 'cifar10-resnet18-w4').replace('resnet50', 'resnet18')
+        script, *argv = shlex.split(smaller, comments=True)[1:]
         if script in ('test_smoke.py', 'losses.py'):
             continue
         argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'reproduce.py': '',
                  'train_adv.py': '--epochs 1 --steps 1'}[script].split()
+        if script.startswith('train') and 'imagenet' in command:
+            argv += ['--model', 'torchvision-resnet18']
         narrow = script.startswith('train') and not re.search('digits|imagenet', command)
         if narrow or 'model_test.pt' in command:
             argv += ['--width', '4']
