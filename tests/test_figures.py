@@ -248,6 +248,7 @@ def test_a_damaged_log_is_one_clear_line(evaluated, tmp_path, capsys):
 
 def test_the_reports_of_this_repository_can_be_drawn():
     paths = sorted((HERE / 'results').glob('*/*.json'))
+    paths = [path for path in paths if 'results' in json.loads(path.read_text())]       # not those of speed
     assert len(paths) > 10
     for path in paths:
         figures.load_report(path)
