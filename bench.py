@@ -21,7 +21,7 @@ from tqdm import tqdm
 import data, losses, models
 from attacks import attack_mode, pgd, start
 from log import atomic, environment
-from losses import hparams, needs
+from losses import needs
 
 TRICKS = {                      # those that train_adv.py uses are FAST, below
     'loader':         'batches cut, cropped and flipped on the device',
@@ -55,11 +55,7 @@ g.add_argument('--tricks', action='store_true', help='each alone, each left out 
 g.add_argument('--json', metavar='FILE', help='the table, every round of it')
 parser.set_defaults(init='uniform')
 method = losses.add_args(parser)
-args, unknown = parser.parse_known_args()
-if unknown:
-    parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '
-                 + (' '.join(f'--{k}' for k in hparams(method.loss)) or 'no hyper-parameter'))
-hp = {k: getattr(args, k) for k in hparams(method.loss)}
+args, hp = losses.parse_args(parser, method)
 foreign = sorted(losses.inputs(method) - {'y', 'logits', 'logits_adv', 't_logits'})
 for wrong, message in [
         (method.inner is None, f'--loss {args.loss} attacks nothing'),

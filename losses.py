@@ -382,5 +382,13 @@ def add_args(parser):
         g.add_argument(f'--{name}', default=default, help=f'default {default}', **kind)
     return method
 
+def parse_args(parser, method):
+    """-> the arguments, and among them the method's hyper-parameters; one that it does not take is an error."""
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '
+                     + (' '.join(f'--{k}' for k in hparams(method.loss)) or 'no hyper-parameter'))
+    return args, {k: getattr(args, k) for k in hparams(method.loss)}
+
 if __name__ == '__main__':
     print(table())

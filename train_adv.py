@@ -22,7 +22,7 @@ import attacks, checkpoint, data, losses, models, options, training
 from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
 from checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from log import Table, check_finite, environment, new_run
-from losses import TARGETS, Softened, hparams, needs
+from losses import TARGETS, Softened, needs
 from models import branch
 
 # -----------------------------------------------------------------------------
@@ -45,11 +45,7 @@ defaults = data.row_asked_for(parser)
 parser.set_defaults(**defaults.get('flags', {}),
                     **{k: defaults[k] for k in ('epochs', 'steps') if k in defaults})
 method = losses.add_args(parser)
-args, unknown = parser.parse_known_args()
-if unknown:
-    parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '
-                 + (' '.join(f'--{k}' for k in hparams(method.loss)) or 'no hyper-parameter'))
-hp = {k: getattr(args, k) for k in hparams(method.loss)}
+args, hp = losses.parse_args(parser, method)
 asked = losses.inputs(method)
 wants_teacher = any(name.startswith('t_') for name in asked)
 labels_extra = bool(args.extra) and 'y' in asked                # by the teacher
