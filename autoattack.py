@@ -1,6 +1,6 @@
 """
-AutoAttack by its authors (Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble of
-Diverse Parameter-free Attacks"; pyautoattack), one of its four attacks and one batch at a time: what an
+AutoAttack by its authors (Croce & Hein 2020, "Reliable Evaluation of Adversarial Robustness with an Ensemble
+of Diverse Parameter-free Attacks"; pyautoattack), one of its four attacks and one batch at a time: what an
 evaluation needs that is stopped and continued, shared, and reported stage by stage.
 
     for name in PARTS:                                              # of its version standard, in its order
@@ -20,9 +20,9 @@ FAST = PARTS[:2]                    # by these two nearly every image falls that
 COST = dict(zip(PARTS, (100, 800, 1500, 2100)))         # forward and backward passes per image, as timed
 
 def one_part(name, net, x, y, *, eps, norm='Linf', seed=0, classes=10):
-    """x fp32 (B,C,H,W) in [0, 1] and y (B,): one batch, all classified correctly. -> x_adv (B,C,H,W), how many
-    of them it says it broke, and its own warnings (randomised, zero gradients, Square wins). net gives fp32
-    logits for at least four classes."""
+    """x fp32 (B,C,H,W) in [0, 1] and y (B,): one batch, all classified correctly. -> x_adv (B,C,H,W), how
+    many of them it says it broke, and its own warnings (randomised, zero gradients, Square wins). net gives
+    fp32 logits for at least four classes."""
     # it takes views of x and of its gradient, which channels_last memory refuses: contiguous outside, any
     # layout inside
     logits = lambda x: net(x.flatten(1).view(x.shape).contiguous(memory_format=layout(x.device)))

@@ -17,22 +17,22 @@ With --fast the attacks search on the compiled network, its BN folded into its c
 bf16 where the GPU has it; its first two attacks then go on in fp32 with what is left. Every verdict is the
 eager network's, in fp32.
 """
-import argparse, hashlib, math, os, re, sys, time
+import argparse, hashlib, math, os, sys, time
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import attacks, audit, checkpoint, data, imagenet, models
+import audit, checkpoint, data, evaluate_options, imagenet, models
 from attacks import attack_mode, cw_margin, fgsm, pgd
 from autoattack import COST, FAST, PARTS, one_part
 from checkpoint import fingerprint, load_checkpoint
+from evaluate_options import DEFAULT
 from log import atomic, environment
 from models import branch
 from report import HEADER, check_images, distance, find_flags, inspect, line, load_adv, summary, write
 from resumable import Saved
 
-DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
 UNFINISHED = '"complete": false'
 
 # -----------------------------------------------------------------------------
@@ -42,54 +42,8 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 # one line, without the usage
 parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
 parser.add_argument('checkpoint')
-data.add_args(parser, training=False); attacks.add_args(parser)
-parser.set_defaults(dataset=None, data_dir=None, norm=None)         # ours say it themselves
-g = parser.add_argument_group("somebody else's weights")
-g.add_argument('--model', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
-g.add_argument('--width', type=int, help="channels of the first layer (default: the paper's)")
-g.add_argument('--mean', type=float, nargs=3,
-               help='of the normalisation it was trained with, in [0, 1] (default: none)')
-g.add_argument('--std', type=float, nargs=3)
-g = parser.add_argument_group('evaluation')
-g.add_argument('--branch', choices=['main', 'aux'], help='of dual BN (default: as validated in training)')
-g.add_argument('--activation', choices=models.ACTIVATIONS,
-               help="of foreign weights (default: relu), or another than the checkpoint's: relu attacks "
-                    "a hybrid with ReLU's own gradients")
-g.add_argument('--attacks', nargs='+', metavar='NAME',
-               choices=[*DEFAULT, 'aa-fast', *PARTS, 'weak', 'strong'],
-               help=f'{" ".join(DEFAULT)} (the default); aa-fast: its first two parts; or a part alone: '
-                    f"{' '.join(PARTS)}; weak, strong: Dallaire et al.'s, PGD of 2 steps from x, eps 0.1 and "
-                    'step 2/255, eps 0.5 and step 0.5, in units of [0, 1]')
-g.add_argument('--transfer-from', metavar='PT', help='also PGD crafted on this network')
-g.add_argument('--sweep-eps', nargs='+', type=float, default=[], metavar='EPS',
-               help='also PGD at each of these, in pixels, the step in proportion')
-g.add_argument('--sweep-steps', nargs='+', type=int, default=[], metavar='K', help='also PGD of so many')
-g.add_argument('--n', type=int, help='the first N test images (default: all)')
-g.add_argument('--steps', type=int, default=20, help='of pgd and cw')
-g.add_argument('--restarts', type=int, default=1, help='of pgd and cw')
-g.add_argument('--individual', action='store_true',
-               help='run every part of AutoAttack also on the images that the parts before it broke: '
-                    'its accuracy alone')
-g.add_argument('--batch-size', type=int,
-               help='default: 250, on a CPU 50, which its cache holds, fewer if they are large; AutoAttack '
-                    'draws its noise per batch')
-g.add_argument('--compile', action='store_true',
-               help='faster after a minute: the attacks search on the compiled network, the verdict is eager')
-g.add_argument('--fast', action='store_true',
-               help='--compile, BN folded, and AutoAttack in bf16 first, on a GPU that has it')
-g.add_argument('--no-audit', dest='audit', action='store_false',
-               help='skip the search for masked gradients on the first 100 images')
-g.add_argument('--save-adv', metavar='PT',
-               help="keep every image's worst x_adv within eps, float32; on the way, as much disk per attack")
-g.add_argument('--verify', metavar='PT', help='what --save-adv kept, judged again; alone: no attack')
-g.add_argument('--figures', action='store_true', help='draw the report (figures.py)')
-g.add_argument('--seed', type=int, default=0)
-g.add_argument('--shard', default='0/1', metavar='I/N',
-               help='the I-th of N processes that evaluate together; they have to see one folder')
-g.add_argument('--out', metavar='JSON', help='default: beside the checkpoint')
+evaluate_options.add_args(parser)
 args = parser.parse_args()
-args.attacks = args.attacks or (['clean'] if args.verify else DEFAULT)
-args.compile = args.compile or args.fast
 
 # -----------------------------------------------------------------------------
 # device, model, data: everything that can be wrong with the input is wrong here, before any work
@@ -98,39 +52,7 @@ torch.set_float32_matmul_precision('highest')
 torch.backends.cudnn.allow_tf32 = False
 notes, flags = [], {}       # what a reader of the number should know, in words and as data
 try:
-    for name in ('steps', 'restarts', 'batch_size', 'sweep_steps'):
-        value = getattr(args, name) if name != 'sweep_steps' else min(args.sweep_steps, default=1)
-        if value is not None and value < 1:
-            raise ValueError(f'--{name.replace("_", "-")} {value}: at least 1')
-    shard = re.fullmatch(r'(\d+)/(\d+)', args.shard)
-    shard = shard and (int(shard[1]), int(shard[2]))
-    if not shard or shard[0] >= shard[1]:
-        raise ValueError(f'--shard {args.shard}: I/N with I from 0 to N-1')
-    ckpt = checkpoint.read(args.checkpoint)
-    ours = checkpoint.is_ours(ckpt)
-    if ours and (args.model or args.width or args.mean):
-        raise ValueError(f'{args.checkpoint} says itself what it is: drop --model, --width, --mean and --std')
-    if (args.mean is None) != (args.std is None):
-        raise ValueError('--mean and --std go together')
-    run = ckpt.get('run', {}) if ours else {}
-    args.dataset = args.dataset or run.get('dataset', 'cifar10')
-    args.data_dir = args.data_dir or run.get('data_dir', 'data')
-    args.norm = args.norm or run.get('norm', 'Linf')
-    args.eps = run.get('eps') if args.eps is None else args.eps
-    attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
-    for value in args.sweep_eps:
-        if value and not 1 <= value <= 255:
-            raise ValueError(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255')
-    if args.norm == 'L2' and {'weak', 'strong'} & set(args.attacks):
-        raise ValueError('weak and strong are Linf attacks')
-    if args.fast and (args.individual or set(PARTS) & set(args.attacks)):
-        raise ValueError('--fast is for autoattack as a whole: what a part alone leaves has no second search')
-    if args.model and '.py:' in args.model and (args.width or args.mean or args.activation):
-        raise ValueError(f'{args.model} makes the whole network: '
-                         'drop --width, --mean, --std and --activation')
-    if not ours and args.model is None:
-        raise ValueError(f'{args.checkpoint} holds weights only: '
-                         'name their architecture with --model (and --width)')
+    run, shard = evaluate_options.resolve(args, checkpoint.read(args.checkpoint))
     d = data.load(args.dataset, args.data_dir, device=device, training=False)
     args.batch_size = args.batch_size or data.at_once(250 if device.type == 'cuda' else 50, d.x_test)
     foreign = dict(width=args.width, mean=args.mean, std=args.std, activation=args.activation or 'relu')

@@ -383,7 +383,8 @@ def add_args(parser):
     return method
 
 def parse_args(parser, method):
-    """-> the arguments, and among them the method's hyper-parameters; one that it does not take is an error."""
+    """-> the arguments, and among them the method's hyper-parameters; one that it does not take is an
+    error."""
     args, unknown = parser.parse_known_args()
     if unknown:
         parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '

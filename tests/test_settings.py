@@ -48,6 +48,10 @@ def test_other_settings_train_and_evaluate(flags, teacher, tmp_path):
     assert script['args'].norm == meta['norm'] and script['args'].eps == (128 if 'L2' in flags else 8)
     assert not any('trained against' in note for note in script['notes'])
 
+def test_another_norm_than_in_training_brings_its_own_eps(teacher):
+    script = run('evaluate.py', teacher, '--norm', 'L2', '--n', 4, '--attacks', 'fgsm')
+    assert (script['args'].eps, script['args'].step_size) == (128, 32)      # and not Linf's 8
+
 def test_seeded_runs_are_equal_and_seeds_differ(teacher, tmp_path):
     weights = []
     for i, seed in enumerate((0, 0, 1)):
