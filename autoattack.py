@@ -13,8 +13,6 @@ import logging
 
 from pyautoattack import AutoAttack
 
-from models import layout
-
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']
 FAST = PARTS[:2]                    # by these two nearly every image falls that falls at all
 COST = dict(zip(PARTS, (100, 800, 1500, 2100)))         # forward and backward passes per image, as timed
@@ -25,7 +23,7 @@ def one_part(name, net, x, y, *, eps, norm='Linf', seed=0, classes=10):
     fp32 logits for at least four classes."""
     # it takes views of x and of its gradient, which channels_last memory refuses: contiguous outside, any
     # layout inside
-    logits = lambda x: net(x.flatten(1).view(x.shape).contiguous(memory_format=layout(x.device)))
+    logits = lambda x: net(x.flatten(1).view(x.shape))
     aa = AutoAttack(logits, norm=norm, eps=eps, seed=seed, version='standard', device=x.device)
     aa.attacks_to_run = [name]
     aa.apgd_targeted.n_target_classes = aa.fab.n_target_classes = min(9, classes - 1)

@@ -223,6 +223,7 @@ def product(precision):
 
 cost = {once: flops(ours({'once'} if once else set())[2]) for once in (False, True)}
 rows = {f'product, {p}': product(p) for p in {torch.float32, dtype or torch.float32}}
+rows |= {'evaluation, product': product(torch.float32)} if cuda else {}         # without TF32
 rows['plain'] = Row(plain()[2], set(), cost[False])
 sets = {'fast': FAST}
 if args.tricks:
@@ -233,8 +234,9 @@ if args.tricks:
     sets |= {f'fast {"-" if t in FAST else "+"} {t}': FAST ^ {t} for t in usable}
 rows |= {name: Row(ours(on)[2], on, cost['once' in on]) for name, on in sets.items()}
 cost = flops(evaluation(set()))
-sets = {'plain': set(), 'eager': FAST - {'compile attack'}, 'compiled': FAST}
-rows |= {f'evaluation, {name}': Row(evaluation(on), on - {'amp'}, cost, 'evaluation, plain')
+fast = FAST - {'amp', 'channels_last'}
+sets = {'plain': set(), 'eager': fast - {'compile attack'}, 'compiled': fast}
+rows |= {f'evaluation, {name}': Row(evaluation(on), on, cost, 'evaluation, plain')
          for name, on in sets.items()}
 
 workers, on_device = from_workers(), from_device()
@@ -242,7 +244,9 @@ workers, on_device = from_workers(), from_device()
 def turn(name, seconds):
     """Images per second, over whole steps."""
     row = rows[name]
-    torch.backends.cudnn.allow_tf32 = 'evaluation' not in name
+    if cuda:                                        # training as torch has it by default, or better
+        torch.backends.cudnn.allow_tf32 = 'evaluation' not in name
+        torch.set_float32_matmul_precision('highest' if 'evaluation' in name else 'high')
     batches = on_device if 'loader' in row.on else workers
     for _ in range(2 * WORKERS if batches is workers else 0):
         next(batches)                               # made ready while others had their turn
@@ -278,6 +282,7 @@ table = {}
 print(f'{"":<28}{"images/s":>10}{"ratio":>8}{"MFLOP/image":>13}{"GFLOP/s":>10}{"of peak":>9}')
 for name, row in rows.items():
     rate, peak = statistics.median(rates[name]), f'product, {dtype if "amp" in row.on else torch.float32}'
+    peak = 'evaluation, product' if cuda and 'evaluation' in name else peak
     r = table[name] = dict(
         tricks=sorted(row.on), images_per_s=rate, ratio=ratio(name, row.against or name), rounds=rates[name],
         mflop_per_image=row.flops / 1e6, gflop_per_s=rate * row.flops / 1e9,

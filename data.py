@@ -58,7 +58,7 @@ class Dataset(NamedTuple):
         """mean, std: three floats each, of the training images in [0, 1]."""
         if isinstance(self.x_train, Files):
             return imagenet.MEAN, imagenet.STD
-        x = self.x_train.reshape(-1, 3).double() / 255
+        x = self.x_train.cpu().reshape(-1, 3).double() / 255         # eight times its size: not on a GPU
         return x.mean(0).tolist(), x.std(0).tolist()
 
 # -----------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def image_batches(images, n, augment, generator, seed=0, first=0):
 def to_float(x):
     """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last,
     and the transpose is free."""
-    x = x.permute(0, 3, 1, 2).float() / 255
+    x = x.permute(0, 3, 1, 2).float().div_(255)
     return x if x.is_cuda else x.contiguous()
 
 def crop_flip(x, generator, padding=4):

@@ -83,9 +83,10 @@ try:
         if path and os.path.exists(path) and UNFINISHED.encode() not in open(path, 'rb').read():
             raise ValueError(f'{path} is there already: choose another --{name}, or delete it')
     pixels = imagenet.in_memory(d.x_test[:n], device)
-    x_test, y_test = data.to_float(pixels), d.y_test[:n].cpu()
+    # contiguous, and so the networks: somebody else's may take views, and fp32 wins nothing by channels_last
+    x_test, y_test = data.to_float(pixels).contiguous(), d.y_test[:n].cpu()
     check_images(x_test, y_test, d.classes)
-    model = model.to(device, memory_format=models.layout(device))
+    model = model.to(device)
     with attack_mode(model), branch(model, args.branch):
         first = inspect(model, x_test[:args.batch_size], y_test[:args.batch_size].to(device), d.classes)
     searched = model
@@ -118,9 +119,12 @@ except OSError as e:
 except KeyboardInterrupt:
     sys.exit('\nstopped before the first attack')
 eps, step_size = args.eps / 255, args.step_size / 255
-attacked_net = half_net = torch.compile(searched) if args.compile else model
+attacked_net = half_net = model
+if args.compile:
+    torch._dynamo.config.recompile_limit = 64           # with and without gradient, one image, any number, ...
+    attacked_net = half_net = torch.compile(searched)
 if source:
-    source = source.to(device, memory_format=models.layout(device)).requires_grad_(False)
+    source = source.to(device).requires_grad_(False)
 if bf16:                                                # x stays in fp32: a bf16 pixel is too coarse for eps
     def half_net(x):
         with torch.autocast(device.type, torch.bfloat16):

@@ -317,10 +317,10 @@ def draw(report, checkpoint=None, out=None, *, data_dir=None, n=200, per_class=3
         radii, n = [eps * k / 8 for k in (0, 1, 2, 3, 4, 6, 8, 10, 12, 16)], min(n, len(d.y_test))
         order = torch.randperm(len(d.y_test), generator=torch.Generator().manual_seed(0)).to(device)
         pick = torch.cat([order[d.y_test[order] == c][:per_class] for c in range(K)])
-        x, y = data.to_float(in_memory(d.x_test[pick], device)), d.y_test[pick]
-        first = data.to_float(in_memory(d.x_test[:n], device))
+        x, y = data.to_float(in_memory(d.x_test[pick], device)).contiguous(), d.y_test[pick]
+        first = data.to_float(in_memory(d.x_test[:n], device)).contiguous()
         for name, (net, branch) in nets.items():
-            net.to(device, memory_format=models.layout(device))
+            net.to(device)
             torch.manual_seed(0)
             with attack_mode(net), models.branch(net, branch):
                 counts[name] = eps_curve(net, first, d.y_test[:n], radii, norm)

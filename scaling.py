@@ -17,6 +17,7 @@ from figures import STYLE, save, sheet
 from log import atomic, environment
 
 EPOCHS, IMAGES = 4, 576                         # synthetic's, those held out aside
+GPUS = torch.cuda.device_count()                # 0: on the CPU
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                  allow_abbrev=False)
@@ -28,7 +29,7 @@ parser.add_argument('--steps', type=int, default=10)
 parser.add_argument('--batch-sizes', type=int, nargs='+', default=[16, 32, 64, 128, 256])
 parser.add_argument('--widths', type=int, nargs='+', default=[8, 16, 32])
 parser.add_argument('--attack-steps', type=int, nargs='+', default=[1, 2, 5, 10, 20])
-parser.add_argument('--processes', type=int, nargs='+', default=[1, 2])
+parser.add_argument('--processes', type=int, nargs='+', default=[1, 2] if GPUS != 1 else [1])
 parser.add_argument('--threads', type=int, default=1, help='of each process, on a CPU')
 parser.add_argument('--out', default='scaling', metavar='PATH', help='without its ending')
 args = parser.parse_args()

@@ -151,7 +151,8 @@ parameters = [*student.parameters(), *(guide.parameters() if guide else [])]
 total_steps = args.epochs * steps_per_epoch * max(1, args.free)
 optimizer, scheduler = training.optimizer_and_schedule(parameters, args, total_steps)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-scale = 2.0 ** 10 if dtype is torch.float16 else 1.0        # in fp16 the gradient of a confident logit is 0
+# in fp16 the gradient of a confident logit is 0; that of MSE, which has no bound, overflows before
+scale = 1.0 if dtype is not torch.float16 else 2.0 ** (4 if method.inner is losses.climb_mse else 10)
 averaged = copy.deepcopy(student) if args.ema or args.swa else None
 # data order and augmentation: the same for every loss; the noise of the attacks: each process its own
 generator = torch.Generator(device).manual_seed(args.seed)
@@ -285,9 +286,8 @@ def validate(model, n=None, bn=None):
     net = fast.get(model, model)
     hits = torch.zeros(3, device=device)
     with attack_mode(model), branch(model, bn):
-        batches = data.batches(d.x_val[:n], d.y_val[:n],
-                               data.at_once(500 if device.type == 'cuda' else 50, d.x_val))
-        for x, y in itertools.islice(batches, rank, None, world):
+        for x, y in data.batches(d.x_val[:n][rank::world], d.y_val[:n][rank::world],
+                                 data.at_once(500 if device.type == 'cuda' else 50, d.x_val)):
             ce = lambda x: F.cross_entropy(net(x), y, reduction='none')
             x_adv = pgd(ce, x, eps=args.eps / 255, step_size=args.eps / 4 / 255, steps=20, norm=args.norm)
             with torch.no_grad():
@@ -311,9 +311,9 @@ with training.guarded(args, now) as stop:
                   f'{clean:.1f} % clean, {robust:.1f} % under PGD-20 on {n} held-out images', flush=True)
     config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train),
                   val_images=len(d.y_val), teachers=about, precision=str(dtype or torch.float32),
-                  processes=world, **environment(device))
+                  processes=world, extra_labels='teacher' if labels_extra else None, **environment(device))
     run = dict(vars(args), teachers={role: known['fingerprint'] for role, known in about.items()},
-               device=device.type)
+               device=device.type, precision=str(dtype))
     if args.resume:
         try:
             training.load_state(args.out, run, now, parts)

@@ -8,7 +8,7 @@ $ python train_teacher.py --dataset digits                 # no download, no GPU
 The recipe is train_adv.py's, without the adversary: Al-Najjar et al. train "all the models" with it. best.pt
 is the epoch of the highest clean accuracy on held-out training images; the test set takes no part.
 """
-import argparse, itertools, sys, time
+import argparse, sys, time
 from types import SimpleNamespace
 
 import torch
@@ -76,8 +76,7 @@ def validate():
     """Accuracy in percent and mean CE on the held-out training images; eager, without autocast."""
     model.eval()
     hits = torch.zeros(2, device=device)
-    batches = data.batches(d.x_val, d.y_val, data.at_once(500, d.x_val))
-    for x, y in itertools.islice(batches, rank, None, world):
+    for x, y in data.batches(d.x_val[rank::world], d.y_val[rank::world], data.at_once(500, d.x_val)):
         logits = model(x)
         hits += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction='sum')])
     training.average([hits])
@@ -89,7 +88,7 @@ def validate():
 config = dict(vars(args), augment=d.augment, classes=d.classes, train_images=len(d.y_train),
               val_images=len(d.y_val), precision=str(dtype or torch.float32), processes=world,
               **environment(device))
-run = dict(vars(args), device=device.type)
+run = dict(vars(args), device=device.type, precision=str(dtype))
 if args.resume:
     try:
         training.load_state(args.out, run, now, parts)

@@ -243,6 +243,9 @@ def ranks():
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if torch.cuda.is_available() else \
         torch.device('cpu')
     if device.type == 'cuda':
+        if device.index >= torch.cuda.device_count():
+            sys.exit(f'{os.environ["LOCAL_WORLD_SIZE"]} processes, {torch.cuda.device_count()} GPUs: each '
+                     'process needs one of its own')
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')

@@ -39,6 +39,15 @@ def equal(a, b):
     return 'identical, tensor by tensor' if all(
         torch.equal(v, b[f][k]) for f in a for k, v in a[f].items()) else '**DIFFERENT**'
 
+def files(folder):
+    return {path.name: path.read_bytes() for path in sorted((work / folder).glob('*'))}
+
+def left(folder, before=None):
+    """What is in folder, or whether that is what was there before."""
+    if before is None:
+        return ' '.join(files(folder)) or 'nothing'
+    return 'as it was' if files(folder) == before else '**CHANGED**'
+
 def wait_for(path, process):
     while not path.exists() and process.poll() is None:
         time.sleep(0.05)
@@ -47,12 +56,16 @@ print('| fault | exit status | what it says | what is left |\n|---|---|---|---|'
 
 # -----------------------------------------------------------------------------
 # stopped
-assert run([*RUN, '--out', 'whole'])[0] == 0
-whole, draw = weights(work / 'whole'), random.Random(0)
+process = start([*RUN, '--out', 'whole'])
+wait_for(work / 'whole/state.pt', process)
+begun = time.perf_counter()
+process.communicate()
+assert process.returncode == 0
+whole, draw, took = weights(work / 'whole'), random.Random(0), time.perf_counter() - begun
 for k in range(5):
     process = start([*RUN, '--out', f'kill-{k}'])
     wait_for(work / f'kill-{k}/state.pt', process)
-    time.sleep(draw.uniform(0, 3))
+    time.sleep(draw.uniform(0, took))
     process.kill()
     process.communicate()
     at = torch.load(work / f'kill-{k}/state.pt', weights_only=True)['now'][0] if process.returncode else None
@@ -69,37 +82,39 @@ for name, number in ('SIGTERM', signal.SIGTERM), ('Ctrl-C', signal.SIGINT):
     row(name, process.returncode, said, f'the command it names: {equal(whole, weights(work / name))}')
 process = start([*RUN, '--out', 'two'])
 wait_for(work / 'two/state.pt', process)
-row('a second run in the same folder', *run([*RUN, '--out', 'two']), 'the first goes on')
+row('a second run in the same folder', *run([*RUN, '--out', 'two']),
+    'the first goes on' if process.poll() is None else '**the first has ended**')
 process.send_signal(signal.SIGTERM)
 process.communicate()
-row('the unfinished run started again without `--resume`', *run([*RUN, '--out', 'two']), 'as it was')
-row('`--resume` with another lr', *run([*RUN, '--out', 'two', '--resume', '--lr', '0.1']), 'as it was')
+before = files('two')
+row('the unfinished run started again without `--resume`', *run([*RUN, '--out', 'two']), left('two', before))
+row('`--resume` with another lr', *run([*RUN, '--out', 'two', '--resume', '--lr', '0.1']),
+    left('two', before))
 state = work / 'two/state.pt'
 state.write_bytes(state.read_bytes()[:1000])
-row('`--resume` from half a state', *run([*RUN, '--out', 'two', '--resume']),
-    'best.pt and last.pt, if an epoch had ended')
+before = files('two')
+row('`--resume` from half a state', *run([*RUN, '--out', 'two', '--resume']), left('two', before))
 
 # -----------------------------------------------------------------------------
 # the machine
 def limit(which, value):
     return dict(preexec_fn=lambda: resource.setrlimit(which, (value, value)))
 
-row('disk full at the first checkpoint',
-    *run([*RUN, '--out', 'full'], **limit(resource.RLIMIT_FSIZE, 50_000)),
-    ' '.join(sorted(p.name for p in (work / 'full').iterdir())) + ': no half of a file')
+row('no file may exceed 50 kB, as on a full disk',
+    *run([*RUN, '--out', 'full'], **limit(resource.RLIMIT_FSIZE, 50_000)), left('full'))
 (work / 'file').write_text('')
 row('`--out` where nothing can be written', *run([*RUN, '--out', 'file/run']), '-')
 wide = ['train_adv.py', '--loss', 'pgd_at', '--dataset', 'synthetic', '--width', '256', '--batch-size', '512']
 row('a batch beyond memory', *run([*wide, '--out', 'memory'], **limit(resource.RLIMIT_DATA, 4 << 30)), '-')
-row('a loss that diverges', *run([*RUN, '--lr', '1e30', '--out', 'nan']), 'the epochs before')
+row('a loss that diverges', *run([*RUN, '--lr', '1e30', '--out', 'nan']), left('nan'))
 
 # -----------------------------------------------------------------------------
 # files
 taught = ['train_adv.py', *SMALL, '--out', 'a', '--teacher']
-row('a teacher that is not there', *run([*taught, 'no.pt']), 'nothing')
+row('a teacher that is not there', *run([*taught, 'no.pt']), left('a'))
 shutil.copy(work / 'whole/best.pt', work / 'half.pt')
 (work / 'half.pt').write_bytes((work / 'half.pt').read_bytes()[:9999])
-row('a truncated teacher', *run([*taught, 'half.pt']), 'nothing')
+row('a truncated teacher', *run([*taught, 'half.pt']), left('a'))
 (work / 'page.pt').write_text('<html>404</html>')
 row('a web page in the place of a checkpoint', *run(['evaluate.py', 'page.pt', '--model', 'resnet18']), '-')
 torch.save({'conv.weight': torch.zeros(3)}, work / 'foreign.pt')
@@ -119,7 +134,7 @@ train = ['train_teacher.py', *IMAGENET, '--model', 'torchvision-resnet18', '--ep
          '4', '--lr', '0.01']
 (work / 'images/train/n0/0.JPEG').write_bytes(b'\xff\xd8\xff')
 status, said = run([*train, '--out', 'jpeg'])
-row('ImageNet: a damaged training image', status, said, 'a trained network')
+row('ImageNet: a damaged training image', status, said, left('jpeg'))
 (work / 'images/val/n0/0.JPEG').write_bytes(b'')
 row('ImageNet: a damaged test image', *run(['evaluate.py', 'jpeg/last.pt', '--attacks', 'fgsm']), '-')
 

@@ -14,13 +14,13 @@ def teacher(tmp_path_factory):
     run('train_teacher.py', *TINY, '--epochs', 2, '--out', out)
     return out / 'best.pt'
 
-def gradients(teacher, out, *flags):
+def gradients(out, *flags):
     """x_adv, loss and gradient of the trained script's own craft and loss_on, weights after
     training replaced by fixed ones."""
-    script = run('train_adv.py', '--loss', 'logit_mse', '--teacher', teacher, *TINY, '--epochs', 1,
-                 '--steps', 2, '--out', out, *flags)
+    script = run('train_adv.py', *TINY, '--epochs', 1, '--steps', 2, '--out', out, *flags)
     torch.manual_seed(7)
-    script['student'].load_state_dict(models.build('resnet18', 10, width=4).state_dict())
+    fixed = models.build(script['args'].model, 10, width=script['args'].width)
+    script['student'].load_state_dict(fixed.state_dict())
     script['student'].train()
     torch.manual_seed(8)
     x_adv = script['craft'](X, Y)
@@ -29,12 +29,21 @@ def gradients(teacher, out, *flags):
     return x_adv, loss.detach(), torch.cat([p.grad.flatten() for p in script['student'].parameters()])
 
 def test_bf16_points_the_same_way(teacher, tmp_path):
-    x_adv, loss, grad = gradients(teacher, tmp_path / 'fp32', '--amp', 'off')
-    x_adv2, loss2, grad2 = gradients(teacher, tmp_path / 'bf16', '--amp', 'bf16')
+    flags = ['--loss', 'logit_mse', '--teacher', teacher]
+    x_adv, loss, grad = gradients(tmp_path / 'fp32', *flags, '--amp', 'off')
+    x_adv2, loss2, grad2 = gradients(tmp_path / 'bf16', *flags, '--amp', 'bf16')
     assert 0 < abs(loss - loss2) <= 0.05 * loss
     assert torch.cosine_similarity(grad, grad2, dim=0) > 0.9          # BN over six images amplifies rounding
     assert x_adv.dtype == x_adv2.dtype == torch.float32
     assert (x_adv2 - X).abs().max() <= 8.001 / 255      # the two differ: 0.001 randn is below bf16's spacing
+
+def test_compiled_computes_what_eager_does(tmp_path):
+    flags = ['--loss', 'trades', '--model', 'wrn-10-1', '--width', '8', '--init', 'uniform']
+    x_adv, loss, grad = gradients(tmp_path / 'eager', *flags)
+    x_adv2, loss2, grad2 = gradients(tmp_path / 'compiled', *flags, '--compile')
+    # a gradient next to zero may have either sign, and its pixel then goes the other way
+    assert ((x_adv - x_adv2).abs() > 1e-6).float().mean() < 1e-3
+    assert torch.allclose(loss, loss2, rtol=1e-4) and torch.allclose(grad, grad2, rtol=1e-3, atol=1e-5)
 
 @pytest.mark.parametrize('flags', ['--model mobilenetv2', '--model preactresnet18 --normalize',
                                    '--model wrn-10-1', '--norm L2', '--attack-bn train', '--init uniform'])

@@ -151,7 +151,8 @@ def test_two_processes_stop_together_and_continue(tmp_path):
     assert again.returncode == 0 and 'nothing to resume' in again.stdout
 
 def test_common_statistics_in_reduced_precision_and_for_an_average(tmp_path):
-    flags = ['--loss', 'pgd_at', '--epochs', '2', '--sync-bn', '--amp', 'bf16', '--swa', '0.5', '--awp', '0.005']
+    flags = ['--loss', 'pgd_at', '--epochs', '2', '--sync-bn', '--amp', 'bf16', '--swa', '0.5',
+             '--awp', '0.005']
     subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path), *flags], check=True, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL)
     assert len(finished(tmp_path)[1]) == 2
