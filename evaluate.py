@@ -121,7 +121,7 @@ except KeyboardInterrupt:
 eps, step_size = args.eps / 255, args.step_size / 255
 attacked_net = half_net = model
 if args.compile:
-    torch._dynamo.config.recompile_limit = 64           # with and without gradient, one image, any number, ...
+    torch._dynamo.config.recompile_limit = 64       # with gradient or without, one image, any number
     attacked_net = half_net = torch.compile(searched)
 if source:
     source = source.to(device).requires_grad_(False)

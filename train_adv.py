@@ -10,7 +10,7 @@ decay 5e-4, one cycle with cosine annealing to 0.2, 100 epochs, batch 128, PGD-1
 selection by PGD-20. --recipe paper takes those of the method's own paper. Numbers that came out, with
 hardware and minutes: README.md and results/.
 """
-import argparse, contextlib, copy, functools, itertools, os, subprocess, sys, time
+import argparse, contextlib, copy, functools, itertools, os, sys, time
 from types import SimpleNamespace
 
 import torch
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import attacks, checkpoint, data, losses, models, options, training
+import attacks, checkpoint, data, losses, models, options, teachers, training
 from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
-from checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from checkpoint import save_checkpoint
 from log import Table, check_finite, environment, new_run
 from losses import TARGETS, Softened, needs
 from models import branch
@@ -32,15 +32,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 # one line, without the usage
 parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
 data.add_args(parser); models.add_args(parser); attacks.add_args(parser, training=True)
-training.add_args(parser)
-g = parser.add_argument_group('teachers')
-g.add_argument('--teacher', metavar='PT',
-               help="frozen teacher (default, if it is a standard one: this dataset and model's, "
-                    'trained if need be)')
-g.add_argument('--standard-teacher', metavar='PT', help='second one, of iad2 and kd_swa (default: likewise)')
-g.add_argument('--teacher-model',
-               help='architecture of a teacher that holds weights only (default: --model, full width)')
-options.add_args(parser)
+training.add_args(parser); teachers.add_args(parser); options.add_args(parser)
 defaults = data.row_asked_for(parser)
 parser.set_defaults(**defaults.get('flags', {}),
                     **{k: defaults[k] for k in ('epochs', 'steps') if k in defaults})
@@ -54,37 +46,6 @@ n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
 # -----------------------------------------------------------------------------
 # device, precision, data, models, output: wrong input is found here, before any work
 rank, world, device = training.ranks()
-
-def standard_teacher():
-    """Path of this dataset and model's, trained now if need be (section 3: "it is feasible to train our own
-    teacher model")."""
-    folder = f'runs/{task}-teacher'
-    last = load_checkpoint(f'{folder}/last.pt')[1] if os.path.exists(f'{folder}/last.pt') else None
-    if last and last['epoch'] == last['run']['epochs']:
-        print(f'no teacher given: taking {folder}/best.pt, trained earlier', flush=True)
-    elif world > 1:
-        raise ValueError(f'no teacher given, and none in {folder}: train it first, with train_teacher.py')
-    else:
-        print(f'no teacher given, and none in {folder} that is finished: training it first', flush=True)
-        flags = [f'--{k.replace("_", "-")}={getattr(args, k)}'
-                 for k in ('dataset', 'data_dir', 'model', 'amp')]
-        flags += [f'--{k}={getattr(args, k)}' for k in ('width', 'subset') if getattr(args, k)]
-        flags += ['--normalize'] * args.normalize + [f'--out={folder}', '--resume']
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_teacher.py')
-        if status := subprocess.run([sys.executable, script, *flags]).returncode:
-            sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')
-    return f'{folder}/best.pt'
-
-def frozen(path):
-    """-> the network in path, on the device, and what the student's checkpoint says of it."""
-    net, meta = load_checkpoint(path, args.teacher_model or args.model, d.classes)
-    if meta.get('dataset', args.dataset) != args.dataset:
-        raise ValueError(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
-    for m in net.modules():                                     # of its two, the BN it was validated with
-        if isinstance(m, models.DualBatchNorm2d):
-            m.auxiliary = meta.get('run', {}).get('eval_branch') == 'aux'
-    net = net.to(device, memory_format=models.layout(device)).requires_grad_(False)
-    return net, dict(path=path, fingerprint=fingerprint(net), trained_with=meta.get('loss'))
 
 teacher, standard, about = None, None, {}                       # about: what is known of the teachers
 try:
@@ -117,11 +78,12 @@ try:
     guide = models.build(args.model, d.classes, mean=mean, std=std, width=args.width,
                          activation=args.activation) if 'guide_logits' in asked else None
     if wants_teacher or labels_extra:
-        args.teacher = args.teacher or standard_teacher()
-        teacher, about['teacher'] = frozen(args.teacher)
+        args.teacher = args.teacher or teachers.standard(args, task, world)
+        teacher, about['teacher'] = teachers.frozen(args.teacher, args, d.classes, device)
     if 's_logits_adv' in asked:
-        args.standard_teacher = args.standard_teacher or standard_teacher()
-        standard, about['standard_teacher'] = frozen(args.standard_teacher)
+        args.standard_teacher = args.standard_teacher or teachers.standard(args, task, world)
+        standard, about['standard_teacher'] = teachers.frozen(
+            args.standard_teacher, args, d.classes, device)
     if args.warm_start:
         path = args.teacher if args.warm_start == 'teacher' else args.warm_start
         checkpoint.warm_start(student, path, args.model, d.classes, width=args.width)

@@ -68,10 +68,11 @@ def test_fast_is_what_train_adv_does(script, tmp_path):
     assert torch.equal(script['method'].loss(**script['values'](
         script['needs'](script['method'].loss), net, None, X, x_adv, Y)), train['loss_on'](X, x_adv, Y))
 
-def test_folded_is_the_network_in_eval_mode(script):
-    net = models.build('resnet18', 10, width=4)
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2', 'wrn-10-1', 'preactresnet18'])
+def test_folded_is_the_network_in_eval_mode(name):
+    net = models.build(name, 10, width=4)
     net(X)                                          # moves the statistics
-    assert torch.allclose(script['folded'](net)(X), net.eval()(X), atol=1e-4)
+    assert torch.allclose(models.folded(net)(X), net.eval()(X), atol=1e-4)
 
 @pytest.mark.parametrize('flags, message', [
     ('--loss hat', 'also needs logits_helper t_logits_adv'), ('--loss standard', 'attacks nothing'),
