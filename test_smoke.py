@@ -297,7 +297,7 @@ def run(script, *argv):
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
     out = tmp_path_factory.mktemp('teacher')
-    run('train_teacher.py', '--dataset', 'synthetic', '--width', 4, '--epochs', 6, '--out', out)
+    run('train_teacher.py', '--dataset', 'synthetic', '--width', 4, '--epochs', 4, '--out', out)
     return out / 'best.pt'
 
 @pytest.mark.parametrize('loss', METHODS)
@@ -367,7 +367,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
     d = data.load('synthetic')
     (tmp_path / 'data').mkdir()
     for name in ('digits', 'cifar10'):
-        np.savez(tmp_path / f'data/{name}.npz', x_train=d.x_train[:40], y_train=d.y_train[:40],
+        np.savez(tmp_path / f'data/{name}.npz', x_train=d.x_train[:20], y_train=d.y_train[:20],
                  x_test=d.x_test[:8], y_test=d.y_test[:8])
     monkeypatch.setattr(imagenet, 'SIZE', 32)
     for k in range(40):
