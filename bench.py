@@ -234,8 +234,8 @@ if args.tricks:
     sets |= {f'fast {"-" if t in FAST else "+"} {t}': FAST ^ {t} for t in usable}
 rows |= {name: Row(ours(on)[2], on, cost['once' in on]) for name, on in sets.items()}
 cost = flops(evaluation(set()))
-fast = FAST - {'amp', 'channels_last'}
-sets = {'plain': set(), 'eager': fast - {'compile attack'}, 'compiled': fast}
+exact = FAST - {'amp', 'channels_last'}         # as evaluate.py
+sets = {'plain': set(), 'eager': exact - {'compile attack'}, 'compiled': exact}
 rows |= {f'evaluation, {name}': Row(evaluation(on), on, cost, 'evaluation, plain')
          for name, on in sets.items()}
 

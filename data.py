@@ -247,7 +247,7 @@ def image_batches(images, n, augment, generator, seed=0, first=0):
 def to_float(x):
     """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last,
     and the transpose is free."""
-    x = x.permute(0, 3, 1, 2).float().div_(255)
+    x = x.permute(0, 3, 1, 2).float() / 255
     return x if x.is_cuda else x.contiguous()
 
 def crop_flip(x, generator, padding=4):
