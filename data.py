@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import imagenet
-from imagenet import Files
-from log import atomic
+from support import imagenet
+from support.imagenet import Files
+from support.files import Refused, atomic
 
 # What a dataset brings with it; explicit flags win. eps in pixels (0..255). flags: of both training scripts;
 # epochs, steps: of train_adv.py. A file of another name gets OTHER.
@@ -65,32 +65,32 @@ class Dataset(NamedTuple):
 # sources: each returns x_train, y_train, x_test, y_test as numpy arrays
 
 def from_npz(path, classes):
-    """Any file of the four arrays, checked. Raises ValueError with what is wrong and where."""
+    """Any file of the four arrays, checked. Raises Refused with what is wrong and where."""
     names = 'x_train', 'y_train', 'x_test', 'y_test'
     try:
         with np.load(path, allow_pickle=False) as z:
             arrays = [z[k] if k in z else None for k in names]
     except Exception as e:         # zipfile, zlib and numpy each have their own for a damaged or foreign file
-        raise ValueError(f'{path} is not an npz file of plain arrays, or is truncated '
+        raise Refused(f'{path} is not an npz file of plain arrays, or is truncated '
                          f'({type(e).__name__})') from e
     missing = [k for k, a in zip(names, arrays) if a is None]
     if missing:
-        raise ValueError(f'{path} has no array {" ".join(missing)}: it needs {" ".join(names)}')
+        raise Refused(f'{path} has no array {" ".join(missing)}: it needs {" ".join(names)}')
     for split, x, y in (('train', *arrays[:2]), ('test', *arrays[2:])):
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
-            raise ValueError(f'{path}: x_{split} is {x.dtype} {x.shape}; '
+            raise Refused(f'{path}: x_{split} is {x.dtype} {x.shape}; '
                              'images are uint8 (N, H, W, 3), 0 to 255')
         if y.dtype.kind not in 'iu' or y.shape != x.shape[:1]:
-            raise ValueError(f'{path}: y_{split} is {y.dtype} {y.shape}; '
+            raise Refused(f'{path}: y_{split} is {y.dtype} {y.shape}; '
                              f'labels are integers, one per image, here ({len(x)},)')
         if len(y) < 2:
-            raise ValueError(f'{path}: x_{split} holds {len(y)} images')
+            raise Refused(f'{path}: x_{split} holds {len(y)} images')
         classes = classes or int(y.max()) + 1           # of the training labels, where nothing else says
         if y.min() < 0 or y.max() >= classes:
-            raise ValueError(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, '
+            raise Refused(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, '
                              f'outside the classes 0 to {classes - 1}')
     if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise ValueError(f'{path}: training images are {arrays[0].shape[1:]}, '
+        raise Refused(f'{path}: training images are {arrays[0].shape[1:]}, '
                          f'test images {arrays[2].shape[1:]}')
     return arrays
 
@@ -102,7 +102,7 @@ def from_torchvision(name, folder):
     try:
         train, test = cls(folder, train=True, download=True), cls(folder, train=False)
     except Exception as e:                  # no route, no such host, a proxy's page, a broken archive
-        raise ValueError(f'{name} could not be downloaded ({type(e).__name__}: {e}). Put {path} there '
+        raise Refused(f'{name} could not be downloaded ({type(e).__name__}: {e}). Put {path} there '
                          'yourself (x_train y_train x_test y_test, uint8 images NHWC), '
                          'or use --dataset digits, which needs no download') from e
     arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
@@ -110,7 +110,7 @@ def from_torchvision(name, folder):
         with atomic(path) as tmp, open(tmp, 'wb') as f:
             np.savez(f, **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays)))
     except OSError as e:
-        raise ValueError(f'cannot write {path}: {e.strerror}') from e
+        raise Refused(f'cannot write {path}: {e.strerror}') from e
     return arrays
 
 def digits():
@@ -148,9 +148,9 @@ def task(args):
 
 def row(name, folder='data'):
     """The defaults a dataset brings with it.
-    Raises ValueError for a name that is neither known nor a file."""
+    Raises Refused for a name that is neither known nor a file."""
     if name not in DATASETS and not os.path.exists(os.path.join(folder, f'{name}.npz')):
-        raise ValueError(f'unknown dataset {name!r}: neither one of {" ".join(DATASETS)} '
+        raise Refused(f'unknown dataset {name!r}: neither one of {" ".join(DATASETS)} '
                          f'nor a file {os.path.join(folder, name)}.npz')
     return DATASETS.get(name, OTHER)
 
@@ -162,14 +162,14 @@ def row_asked_for(parser):
     args = known.parse_known_args()[0]
     try:
         return row(args.dataset, args.data_dir)
-    except ValueError as e:
+    except Refused as e:
         parser.error(e)
 
 def load(name, folder='data', *, subset=None, device='cpu', training=True):
     """
     -> Dataset. 1,000 training images, or a tenth where there are fewer than 10,000, become val: drawn
     with a fixed seed, before the subset is cut, so that no --subset and no --seed puts them back into
-    training. training=False: ImageNet's, which take a while to list, are left out. Raises ValueError.
+    training. training=False: ImageNet's, which take a while to list, are left out. Raises Refused.
     """
     defaults, path = row(name, folder), os.path.join(folder, f'{name}.npz')
     classes = defaults['classes']
@@ -190,7 +190,7 @@ def load(name, folder='data', *, subset=None, device='cpu', training=True):
     val, train = order[:held_out], order[held_out:].sort().values
     if subset is not None:
         if not 1 <= subset <= len(train):
-            raise ValueError(f'--subset {subset}: {name} has {len(train)} training images '
+            raise Refused(f'--subset {subset}: {name} has {len(train)} training images '
                              f'beside the {held_out} held out')
         train = train[:subset]
     classes = classes or int(y_train.max()) + 1
@@ -201,14 +201,14 @@ def open_images(path, shape):
     """
     The images of a file without labels, uint8 (N,H,W,3) of the given (H,W,3), left on the disk: FILE.npy, or
     the array x, x_train, image or images of FILE.npz. (One written by np.savez_compressed is unpacked into
-    memory, once.) Raises ValueError.
+    memory, once.) Raises Refused.
     """
     try:
         images = np.load(path, mmap_mode='r') if str(path).endswith('.npy') else _array_in_npz(path)
     except Exception as e:          # zipfile, zlib, numpy and the file system each have their own
-        raise ValueError(f'{path} is not an npz or npy file of images: {e}'.splitlines()[0]) from e
+        raise Refused(f'{path} is not an npz or npy file of images: {e}'.splitlines()[0]) from e
     if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or not len(images):
-        raise ValueError(f'{path} holds {images.dtype} {images.shape}; the training images are uint8 '
+        raise Refused(f'{path} holds {images.dtype} {images.shape}; the training images are uint8 '
                          f'(N, {", ".join(map(str, shape))})')
     return images
 
@@ -216,7 +216,7 @@ def _array_in_npz(path):
     with zipfile.ZipFile(path) as z:
         name = next((n for n in ('x', 'x_train', 'image', 'images') if f'{n}.npy' in z.namelist()), None)
         if name is None:
-            raise ValueError('no array x, x_train, image or images')
+            raise Refused('no array x, x_train, image or images')
         entry = z.getinfo(f'{name}.npy')
     if entry.compress_type != zipfile.ZIP_STORED:
         return np.load(path)[name]

@@ -23,15 +23,17 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import audit, checkpoint, data, evaluate_options, imagenet, models
+import data, models
+from support import audit, checkpoint, evaluate_options, imagenet
 from attacks import attack_mode, cw_margin, fgsm, pgd
-from autoattack import COST, FAST, PARTS, one_part
-from checkpoint import fingerprint, load_checkpoint
-from evaluate_options import DEFAULT
-from log import atomic, environment
+from support.autoattack import COST, FAST, PARTS, one_part
+from support.checkpoint import fingerprint, load_checkpoint
+from support.evaluate_options import DEFAULT
+from support.files import Refused, atomic
+from support.log import environment
 from models import branch
-from report import HEADER, check_images, distance, find_flags, inspect, line, load_adv, summary, write
-from resumable import Saved
+from support.report import HEADER, check_images, distance, find_flags, inspect, line, load_adv, summary, write
+from support.resumable import Saved
 
 UNFINISHED = '"complete": false'
 
@@ -112,7 +114,7 @@ try:
         if saved.mine(0):                                       # have to be writable
             with atomic(path) as tmp, open(tmp, 'w') as f:
                 f.write('{%s}' % UNFINISHED)
-except ValueError as e:
+except (Refused, ValueError) as e:
     parser.error(e)
 except OSError as e:
     parser.error(f'cannot write {e.filename or args.out}: {e.strerror}')
@@ -323,8 +325,8 @@ if shard[1] == 1:
 print(args.out)
 worst = taken == y_test                                 # for tests
 if args.figures and saved.mine(0):
-    from figures import draw                            # matplotlib, where it is asked for
+    from tools.figures import draw                            # matplotlib, where it is asked for
     try:
         draw(args.out, args.checkpoint)
-    except (ValueError, OSError) as e:
+    except (Refused, ValueError, OSError) as e:
         sys.exit(f'no figures: {e}')

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import attacks, checkpoint, data, imagenet, losses, models
+import attacks, data, losses, models
+from support import checkpoint, imagenet
 from losses import METHODS, hparams, needs
 
 HERE = pathlib.Path(__file__).parent
@@ -381,10 +382,10 @@ def test_readme_commands_run(tmp_path, monkeypatch):
     assert len(commands) >= 6
     for command in commands:
         smaller = command.replace('cifar10-resnet18', 'cifar10-resnet18-w4').replace('resnet50', 'resnet18')
-        script, *argv = shlex.split(smaller, comments=True)[1:]
+        script, *argv = shlex.split(smaller.replace('-m tools.reproduce', 'tools/reproduce.py'), comments=True)[1:]
         if script in ('test_smoke.py', 'losses.py'):
             continue
-        argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'reproduce.py': '',
+        argv += {'evaluate.py': '--n 4 --attacks fgsm', 'train_teacher.py': '--epochs 1', 'tools/reproduce.py': '',
                  'train_adv.py': '--epochs 1 --steps 1'}[script].split()
         if script.startswith('train') and 'imagenet' in command:
             argv += ['--model', 'torchvision-resnet18']

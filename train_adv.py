@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import attacks, checkpoint, data, losses, models, options, teachers, training
+import attacks, data, losses, models
+from support import checkpoint, options, teachers, training
 from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
-from checkpoint import save_checkpoint
-from log import Table, check_finite, environment, new_run
+from support.checkpoint import save_checkpoint
+from support.files import Refused
+from support.log import Table, check_finite, environment, new_run
 from losses import TARGETS, Softened, needs
 from models import branch
 
@@ -87,7 +89,7 @@ try:
     if args.warm_start:
         path = args.teacher if args.warm_start == 'teacher' else args.warm_start
         checkpoint.warm_start(student, path, args.model, d.classes, width=args.width)
-except ValueError as e:
+except (Refused, ValueError) as e:
     parser.error(e)
 except KeyboardInterrupt:
     sys.exit('\nstopped before the first epoch')
@@ -279,7 +281,7 @@ with training.guarded(args, now) as stop:
     if args.resume:
         try:
             training.load_state(args.out, run, now, parts)
-        except ValueError as e:
+        except (Refused, ValueError) as e:
             parser.error(e)
     if rank == 0:
         table = Table(args.out, config, first=now.epoch, epoch='d', lr='.4f', loss='.4f', val_clean='.2f',

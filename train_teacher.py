@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data, models, training
-from checkpoint import save_checkpoint
-from log import Table, check_finite, environment, new_run
+import data, models
+from support import training
+from support.checkpoint import save_checkpoint
+from support.files import Refused
+from support.log import Table, check_finite, environment, new_run
 
 # -----------------------------------------------------------------------------
 # arguments
@@ -49,7 +51,7 @@ try:
     torch.manual_seed(args.seed)
     model = models.build(args.model, d.classes, width=args.width, mean=mean, std=std,
                          activation=args.activation)
-except ValueError as e:
+except (Refused, ValueError) as e:
     parser.error(e)
 model = model.to(device, memory_format=models.layout(device))
 if args.sync_bn:
@@ -92,7 +94,7 @@ run = dict(vars(args), device=device.type, precision=str(dtype))
 if args.resume:
     try:
         training.load_state(args.out, run, now, parts)
-    except ValueError as e:
+    except (Refused, ValueError) as e:
         parser.error(e)
 rule = f'clean accuracy on {len(d.y_val)} held-out training images'
 with training.guarded(args, now) as stop:

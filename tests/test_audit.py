@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import data, losses
 from attacks import attack_mode, pgd
-from audit import NAMES, audit, overall
+from support.audit import NAMES, audit, overall
 
 EPS, N = 0.1, 100
 digits = functools.cache(lambda: data.load('digits'))

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack
 
-import attacks, checkpoint, data
-from figures import load_network
-from imagenet import in_memory
+import attacks, data
+from support import checkpoint
+from tools.figures import load_network
+from support.imagenet import in_memory
 from models import branch
 from test_smoke import run
 

@@ -13,10 +13,10 @@ X = 0.1 + 0.8 * X
 
 @pytest.fixture(scope='module', params=['trades', 'logit_mse'])
 def script(request):
-    return run('bench.py', '--loss', request.param, *SMALL, '--seconds', 0.001)
+    return run('tools/bench.py', '--loss', request.param, *SMALL, '--seconds', 0.001)
 
 def test_as_a_user_runs_it(tmp_path):
-    done = subprocess.run([sys.executable, 'bench.py', '--loss', 'logit_mse', '--beta', '0.2', *SMALL,
+    done = subprocess.run([sys.executable, 'tools/bench.py', '--loss', 'logit_mse', '--beta', '0.2', *SMALL,
                            '--json', tmp_path / 'b.json'], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'b.json').read_text())
@@ -81,6 +81,6 @@ def test_folded_is_the_network_in_eval_mode(name):
     ('--model resnet7', "unknown model 'resnet7'"), ('--json /proc/x/y.json', '/proc/x')])
 def test_wrong_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        run('bench.py', *flags.split())
+        run('tools/bench.py', *flags.split())
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.count('\n') == 1 and message in err and not out

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint, data, models
+import data, models
+from support import checkpoint
 from test_smoke import X, net
 
 def test_crop_flip_equals_loops():

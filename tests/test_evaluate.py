@@ -4,7 +4,8 @@ import fcntl, json, os, pty, struct, subprocess, sys, termios
 import pytest
 import torch
 
-import data, models, report
+import data, models
+from support import report
 from test_smoke import HERE, run
 
 NETS = '''

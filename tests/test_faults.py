@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint, data, losses, models
+import data, losses, models
+from support import checkpoint
+from support.files import Refused
 from test_smoke import TINY, run
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -48,7 +50,7 @@ def test_no_network_says_where_the_file_goes(tmp_path, monkeypatch):
         raise OSError('Network is unreachable')
     monkeypatch.setattr(torchvision.datasets, 'CIFAR10', refuse)
     says = r'Put .*cifar10\.npz there yourself .* or use --dataset digits'
-    with pytest.raises(ValueError, match=says) as e:
+    with pytest.raises(Refused, match=says) as e:
         data.load('cifar10', str(tmp_path))
     assert '\n' not in str(e.value)
 

@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-import figures
+from tools import figures
 from test_smoke import HERE, run
 
 STAGES = ['clean', 'fgsm', 'pgd-20', 'autoattack, after apgd-ce', 'autoattack, after apgd-t',
@@ -178,7 +178,7 @@ def evaluated(tmp_path_factory):
 
 def test_the_script_draws_everything(evaluated, tmp_path, capsys):
     path, _ = evaluated
-    drawn = run('figures.py', path, '--n', 20, '--per-class', 2, '--out', tmp_path)['drawn']
+    drawn = run('tools/figures.py', path, '--n', 20, '--per-class', 2, '--out', tmp_path)['drawn']
     names = ['confusion', 'eps', 'images', 'per_class', 'stages', 'training', 'tsne']
     assert sorted(p.name for p in tmp_path.iterdir()) == [f'{n}.{e}' for n in names for e in ('pdf', 'png')]
     for name in names:
@@ -232,7 +232,7 @@ def test_bad_input_is_one_clear_line(content, argv, says, evaluated, tmp_path, c
         write(tmp_path / 'bad.json', content)
     argv = argv.format(tmp=tmp_path, good=good, pt=pt).split()
     with pytest.raises(SystemExit) as e:
-        run('figures.py', tmp_path / 'bad.json', *argv)
+        run('tools/figures.py', tmp_path / 'bad.json', *argv)
     out = capsys.readouterr()
     assert e.value.code == 2 and says in out.err and out.err.count('\n') == 1 and len(out.err) < 400, out
     assert not out.out and len(list(tmp_path.iterdir())) <= 1
@@ -242,7 +242,7 @@ def test_a_damaged_log_is_one_clear_line(evaluated, tmp_path, capsys):
     (tmp_path / 'best.pt').write_bytes(pt.read_bytes())
     write(tmp_path / 'log.jsonl', '{"loss": 1}\n{"epoch": 1, "lo')
     with pytest.raises(SystemExit) as e:
-        run('figures.py', path, '--checkpoint', tmp_path / 'best.pt', '--out', tmp_path / 'out')
+        run('tools/figures.py', path, '--checkpoint', tmp_path / 'best.pt', '--out', tmp_path / 'out')
     err = capsys.readouterr().err
     assert e.value.code == 2 and 'is not the log of a training' in err and err.count('\n') == 1
 

@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-import checkpoint, data, imagenet, models
+import data, models
+from support import checkpoint, imagenet
+from support.files import Refused
 from test_smoke import run
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -77,7 +79,7 @@ def test_a_damaged_file_is_named_and_replaced_in_training_and_refused_in_evaluat
     assert ((out[0].mean((1, 2, 3)) * 255 - 60) / 40).round().long().tolist() == out[1].tolist()
     said = capsys.readouterr().err
     assert all(said.count(str(path)) == 1 for path in bad)
-    with pytest.raises(ValueError, match=f'cannot read .*{bad[0].name}'):
+    with pytest.raises(Refused, match=f'cannot read .*{bad[0].name}'):
         imagenet.in_memory(d.x_train, torch.device('cpu'))
     for path in d.x_train.paths:
         pathlib.Path(path.decode()).write_bytes(b'<html>')
@@ -95,7 +97,7 @@ def test_robustbenchs_5000_are_taken_in_their_order(tmp_path):
     assert [int(p[-13:-5]) for p in d.x_test.paths] == list(map(int, numbers))
     assert d.y_test.tolist() == [k % 1000 for k in range(5000)] and (len(d.y_train), d.classes) == (0, 1000)
     (tmp_path / f'val/n007/ILSVRC2012_val_{int(numbers[7]):08}.JPEG').unlink()
-    with pytest.raises(ValueError, match=f'1 of .* missing.*{int(numbers[7]):08}'):
+    with pytest.raises(Refused, match=f'1 of .* missing.*{int(numbers[7]):08}'):
         data.load('imagenet', tmp_path, training=False)
 
 @pytest.mark.parametrize('name, millions', [('torchvision-resnet50', 25.557),
@@ -128,7 +130,7 @@ def test_torchvisions_networks_take_what_the_others_take():
     (lambda f: [p.unlink() for p in (f / 'val/n04').iterdir()], 'n04')])
 def test_wrong_folders_are_one_line(folder, break_it, message):
     break_it(folder)
-    with pytest.raises(ValueError, match=message) as e:
+    with pytest.raises(Refused, match=message) as e:
         data.load('imagenet', folder)
     assert '\n' not in str(e.value)
 

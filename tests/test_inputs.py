@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint, models
+import models
+from support import checkpoint
 from test_smoke import TINY, run, teacher                       # teacher: a fixture
 
 def test_half_a_teacher_is_not_taken(tmp_path, monkeypatch):

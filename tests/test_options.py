@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import attacks, checkpoint, data, losses, models
+import attacks, data, losses, models
+from support import checkpoint
 from losses import METHODS
 from test_smoke import HERE, README, TINY, X, Y, net, run, teacher          # net, teacher: fixtures
 

@@ -3,7 +3,7 @@ import json, pathlib, random, subprocess, sys, time
 
 import pytest
 
-import checkpoint
+from support import checkpoint
 from test_smoke import run
 
 HERE = pathlib.Path(__file__).parent.parent

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-import checkpoint, data, models
+import data, models
+from support import checkpoint
 from test_smoke import TINY, X, Y, run
 
 @pytest.fixture(scope='module')
@@ -92,14 +93,14 @@ def test_two_reports_are_compared_by_image(tmp_path, capsys):
     write('a.json', 8, clean='1' * 20, pgd_20='1' + '0' * 8 + '1' * 11)
     write('b.json', 8, clean='1' * 20, pgd_20='0' + '1' * 8 + '1' * 11)
     write('c.json', 4, clean='1' * 20)
-    run('compare.py', tmp_path / 'a.json', tmp_path / 'b.json')
+    run('tools/compare.py', tmp_path / 'a.json', tmp_path / 'b.json')
     clean, pgd = capsys.readouterr().out.splitlines()[2:]
     assert clean.split()[:7] == ['clean', '100.00', '100.00', '0.00', '0', '0', '1.0000']
     # nine images differ, one of them against the trend: 2 (C(9,0) + C(9,1)) / 2^9
     assert pgd.split()[:7] == ['pgd-20', '60.00', '95.00', '35.00', '1', '8', '0.0391'] and 'larger' in pgd
     for other, says in (('c.json', 'eps_pixels is 8'), ('none.json', 'No such file')):
         with pytest.raises(SystemExit) as e:
-            run('compare.py', tmp_path / 'a.json', tmp_path / other)
+            run('tools/compare.py', tmp_path / 'a.json', tmp_path / other)
         err = capsys.readouterr().err
         assert e.value.code == 2 and says in err and err.count('\n') == 1
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint, training
-from log import new_run
+from support import checkpoint, training
+from support.files import Refused
+from support.log import new_run
 
 HERE = pathlib.Path(__file__).parent.parent
 ADV = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '4',
@@ -164,7 +165,7 @@ def test_half_a_run_without_a_state_is_not_finished(tmp_path):
         lines = [json.dumps(row) + '\n' for row in rows + rows[1:] * complete]
         (tmp_path / 'log.jsonl').write_text(''.join(lines))
         assert (new_run(tmp_path, resume=True, epochs=2) is None) == complete
-    with pytest.raises(ValueError, match='a finished run of 2 epochs, not 3'):
+    with pytest.raises(Refused, match='a finished run of 2 epochs, not 3'):
         new_run(tmp_path, resume=True, epochs=3)
 
 def test_a_state_that_is_no_number_does_not_replace_a_good_one(tmp_path):

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import attacks, checkpoint, data
-from report import wilson
+import attacks, data
+from support import checkpoint
+from support.report import wilson
 
 def ours(net, x, y, settings):
     objective = lambda x_adv: F.cross_entropy(net(x_adv), y, reduction='none')

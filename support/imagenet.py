@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from support.files import Refused
+
 SIZE = 224
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]       # everyone's, of ImageNet's training images
 TRIES = 100         # so many unreadable files in a row are no accident
@@ -38,7 +40,7 @@ class Files:
 
 def load(folder, training=True):
     """(x_train, y_train, x_test, y_test), Files and numpy labels, and the number of classes. training=False:
-    no training images, and DIR/train is not looked for. Raises ValueError."""
+    no training images, and DIR/train is not looked for. Raises Refused."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
     found = {}
     for split in ('val', 'train'):
@@ -50,11 +52,11 @@ def load(folder, training=True):
             classes, index = find_classes(path)
             found[split] = classes, make_dataset(path, index, IMG_EXTENSIONS)
         except OSError as e:                    # no such folder, or a class without an image
-            raise ValueError(f'--dataset imagenet: {path} should be a folder of class folders of images: '
+            raise Refused(f'--dataset imagenet: {path} should be a folder of class folders of images: '
                              f'{e.strerror or e}') from e
     if found['val'][0] != found['train'][0]:
         differ = sorted(set(found['val'][0]) ^ set(found['train'][0]))
-        raise ValueError(f'{folder}: train and val have different class folders, for instance {differ[0]}')
+        raise Refused(f'{folder}: train and val have different class folders, for instance {differ[0]}')
     shuffled = lambda items: [items[i] for i in np.random.default_rng(0).permutation(len(items))]
     train, test = shuffled(found['train'][1]), shuffled(found['val'][1])[:5000]
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), 'imagenet5000.txt')) as f:
@@ -64,7 +66,7 @@ def load(folder, training=True):
     classes = len(found['val'][0])
     if classes == 1000 and number:              # ImageNet, and not a part of it
         if missing := [n for n in wanted if n not in number]:
-            raise ValueError(f"{folder}: {len(missing)} of RobustBench's 5,000 test images are missing, the "
+            raise Refused(f"{folder}: {len(missing)} of RobustBench's 5,000 test images are missing, the "
                              f'first is ILSVRC2012_val_{int(missing[0]):08}: fetch it again')
         test = [number[n] for n in wanted]
     files = lambda items: Files([os.fsencode(path) for path, _ in items])
@@ -146,7 +148,7 @@ def batches(files, y, index, seeds=None):
         yield x, y[numbers]
 
 def in_memory(x, device):
-    """The images of Files, uint8 (N,SIZE,SIZE,3) on the device; a tensor as it is. Raises ValueError for an
+    """The images of Files, uint8 (N,SIZE,SIZE,3) on the device; a tensor as it is. Raises Refused for an
     unreadable file: a number is of all images, or of none."""
     if not isinstance(x, Files):
         return x
@@ -154,4 +156,4 @@ def in_memory(x, device):
     try:
         return torch.cat([images for images, _ in decode(items, Decoded(x, tries=1), device)])
     except OSError as e:
-        raise ValueError(e) from e
+        raise Refused(e) from e

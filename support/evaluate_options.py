@@ -5,8 +5,9 @@ together.
 import re
 
 import attacks, data, models
-from autoattack import PARTS
-from checkpoint import is_ours
+from support.autoattack import PARTS
+from support.checkpoint import is_ours
+from support.files import Refused
 
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
 
@@ -61,23 +62,23 @@ def add_args(parser):
 
 def resolve(args, ckpt):
     """Fill in what args leaves open, from ckpt, the content of args.checkpoint, if it is one of ours. -> the
-    run that it was trained in, {} if unknown, and --shard as two numbers. Raises ValueError, one line, for
+    run that it was trained in, {} if unknown, and --shard as two numbers. Raises Refused, one line, for
     what cannot be evaluated."""
     args.attacks = args.attacks or (['clean'] if args.verify else DEFAULT)
     args.compile = args.compile or args.fast
     for name in ('steps', 'restarts', 'batch_size', 'sweep_steps'):
         value = getattr(args, name) if name != 'sweep_steps' else min(args.sweep_steps, default=1)
         if value is not None and value < 1:
-            raise ValueError(f'--{name.replace("_", "-")} {value}: at least 1')
+            raise Refused(f'--{name.replace("_", "-")} {value}: at least 1')
     shard = re.fullmatch(r'(\d+)/(\d+)', args.shard)
     shard = shard and (int(shard[1]), int(shard[2]))
     if not shard or shard[0] >= shard[1]:
-        raise ValueError(f'--shard {args.shard}: I/N with I from 0 to N-1')
+        raise Refused(f'--shard {args.shard}: I/N with I from 0 to N-1')
     ours = is_ours(ckpt)
     if ours and (args.model or args.width or args.mean):
-        raise ValueError(f'{args.checkpoint} says itself what it is: drop --model, --width, --mean and --std')
+        raise Refused(f'{args.checkpoint} says itself what it is: drop --model, --width, --mean and --std')
     if (args.mean is None) != (args.std is None):
-        raise ValueError('--mean and --std go together')
+        raise Refused('--mean and --std go together')
     run = ckpt.get('run', {}) if ours else {}
     args.dataset = args.dataset or run.get('dataset', 'cifar10')
     args.data_dir = args.data_dir or run.get('data_dir', 'data')
@@ -88,15 +89,15 @@ def resolve(args, ckpt):
     attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
     for value in args.sweep_eps:
         if value and not 1 <= value <= 255:
-            raise ValueError(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255')
+            raise Refused(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255')
     if args.norm == 'L2' and {'weak', 'strong'} & set(args.attacks):
-        raise ValueError('weak and strong are Linf attacks')
+        raise Refused('weak and strong are Linf attacks')
     if args.fast and (args.individual or set(PARTS) & set(args.attacks)):
-        raise ValueError('--fast is for autoattack as a whole: what a part alone leaves has no second search')
+        raise Refused('--fast is for autoattack as a whole: what a part alone leaves has no second search')
     if args.model and '.py:' in args.model and (args.width or args.mean or args.activation):
-        raise ValueError(f'{args.model} makes the whole network: '
+        raise Refused(f'{args.model} makes the whole network: '
                          'drop --width, --mean, --std and --activation')
     if not ours and args.model is None:
-        raise ValueError(f'{args.checkpoint} holds weights only: '
+        raise Refused(f'{args.checkpoint} holds weights only: '
                          'name their architecture with --model (and --width)')
     return run, shard

@@ -1,10 +1,10 @@
 """
 The tables of results/, row by row: train what is missing, evaluate it, print the table.
 
-$ python reproduce.py small                          # every row, seed 0; about 9 minutes each on a CPU core
-$ python reproduce.py small --rows trades logit_mse --seeds 0 1 2
-$ python reproduce.py small --commands               # what it would run
-$ python reproduce.py small --table                  # what is there already
+$ python -m tools.reproduce small                          # every row, seed 0; about 9 minutes each on a CPU core
+$ python -m tools.reproduce small --rows trades logit_mse --seeds 0 1 2
+$ python -m tools.reproduce small --commands               # what it would run
+$ python -m tools.reproduce small --table                  # what is there already
 
 What was interrupted is continued or run again, and so is what another command has left there; what is
 finished is left alone. Weights go to runs/TABLE/ROW-sSEED; logs, reports and commands also to results/TABLE,
@@ -82,7 +82,7 @@ table = TABLES[args.table]
 for row in args.rows or []:
     if row not in table['rows']:
         parser.error(f'unknown row {row!r}; {args.table} has {" ".join(table["rows"])}')
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS, RESULTS = f'runs/{args.table}', f'results/{args.table}'
 
 def evaluations(row):

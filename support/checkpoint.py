@@ -5,11 +5,11 @@ Checkpoints: what build() needs to make the network again, its weights, and what
     net, meta = load_checkpoint('other.pt', 'resnet18', 10)      # somebody else's: a bare state dict
     net, meta = load_checkpoint('other.pt', 'net.py:make', 10)   # of a network that make() in net.py returns
 """
-import errno, hashlib, re, runpy
+import hashlib, re, runpy
 
 import torch
 
-from log import atomic
+from support.files import Refused, save
 from models import build
 
 def fingerprint(net):
@@ -24,35 +24,27 @@ def fingerprint(net):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-def save(path, content):
-    """torch.save, whole or not at all. Raises OSError."""
-    with atomic(path) as tmp:
-        try:
-            torch.save(content, tmp)
-        except RuntimeError as e:           # torch.save's word for a full disk
-            raise OSError(errno.EIO, str(e)) from e
-
 def save_checkpoint(path, net, **meta):
     """The plain module's weights, what build() needs to make it again, and whatever the caller adds."""
     save(path, {'state_dict': net.state_dict(), 'config': net.config, **meta})
 
 def read(path):
     """What torch.save wrote to path, on the CPU.
-    Raises ValueError for anything else, one line that says what it is."""
+    Raises Refused for anything else, one line that says what it is."""
     try:
         with open(path, 'rb') as f:
             head = f.read(64).lstrip()
     except OSError as e:
-        raise ValueError(f'cannot read {path}: {e.strerror}') from e
+        raise Refused(f'cannot read {path}: {e.strerror}') from e
     if head.startswith(b'<'):
-        raise ValueError(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
+        raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:                  # zip, pickle, EOF, EINVAL: whatever a truncated or foreign file
         if 'Unsupported' in str(e):         # provokes in torch.load
-            raise ValueError(f'{path} holds Python objects beside tensors and is not unpickled: '
+            raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
                              'save its state dict alone') from e
-        raise ValueError(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
+        raise Refused(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
 
 def is_ours(ckpt):
     """Written by save_checkpoint: it says what to build."""
@@ -60,51 +52,51 @@ def is_ours(ckpt):
     return isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
 
 def from_file(spec, num_classes):
-    """The network that function() returns, spec being file.py:function. Raises ValueError, one line."""
+    """The network that function() returns, spec being file.py:function. Raises Refused, one line."""
     file, function = spec.rsplit(':', 1)
     try:
         net = runpy.run_path(file)[function]()
     except Exception as e:                  # it is somebody else's code
-        raise ValueError(f'--model {spec}: {type(e).__name__}: {e}'.splitlines()[0]) from e
+        raise Refused(f'--model {spec}: {type(e).__name__}: {e}'.splitlines()[0]) from e
     if not isinstance(net, torch.nn.Module):
-        raise ValueError(f'--model {spec} returns a {type(net).__name__}, not a torch.nn.Module')
+        raise Refused(f'--model {spec} returns a {type(net).__name__}, not a torch.nn.Module')
     net.config = dict(name=spec, num_classes=num_classes, width=None, mean=None, std=None, activation='relu',
                       dual_bn=False)
     return net
 
 def warm_start(student, path, name=None, num_classes=None, **options):
     """Load the weights of load_checkpoint(path, ...) into student; an auxiliary BN that they lack starts as
-    its twin. Raises ValueError if they are of another network, or of one that normalises images otherwise."""
+    its twin. Raises Refused if they are of another network, or of one that normalises images otherwise."""
     net = load_checkpoint(path, name, num_classes, **options)[0]
     weights, mine = net.state_dict(), student.state_dict()
     weights.update({k: weights[k.replace('.aux.', '.')] for k in mine
                     if '.aux.' in k and k not in weights and k.replace('.aux.', '.') in weights})
     if ({k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in mine.items()}
             or [net.config[k] for k in ('mean', 'std')] != [student.config[k] for k in ('mean', 'std')]):
-        raise ValueError(f'--warm-start: {path} is another network than the student, '
+        raise Refused(f'--warm-start: {path} is another network than the student, '
                          'or normalises its images otherwise')
     student.load_state_dict(weights)
 
 def load_checkpoint(path, name=None, num_classes=None, **options):
     """-> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state
     dict, bare or under one of the usual keys, and needs build()'s arguments, or file.py:function in place of
-    the name; its meta is {}. Always strict. Raises ValueError, one line."""
+    the name; its meta is {}. Always strict. Raises Refused, one line."""
     ckpt = read(path)
     if not isinstance(ckpt, dict):
-        raise ValueError(f'{path} holds a {type(ckpt).__name__}, not a state dict')
+        raise Refused(f'{path} holds a {type(ckpt).__name__}, not a state dict')
     config = ckpt['config'] if is_ours(ckpt) else None
     weights = next((ckpt[k] for k in ('state_dict', 'model_state_dict', 'model', 'net')
                     if isinstance(ckpt.get(k), dict)), ckpt)
     weights = {re.sub(r'^((module|_orig_mod)\.)+', '', str(k)): v for k, v in weights.items()
                if 'sub_block1.' not in str(k)}        # the TRADES code builds this block and never calls it
     if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
-        raise ValueError(f'{path} is a PyTorch file but no state dict')
+        raise Refused(f'{path} is a PyTorch file but no state dict')
     if config is None:
         if name is None:
-            raise ValueError(f'{path} holds weights only: name their architecture with --model (and --width)')
+            raise Refused(f'{path} holds weights only: name their architecture with --model (and --width)')
         config = dict(name=name, num_classes=num_classes, **options)
     elif num_classes not in (None, config['num_classes']):
-        raise ValueError(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
+        raise Refused(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
     net = from_file(name, num_classes) if '.py:' in config['name'] else build(**config)
     expected = net.state_dict()
     wrong = ([f'no {k}' for k in expected if k not in weights]
@@ -112,7 +104,7 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
     wrong += [f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}' for k, v in expected.items()
               if k in weights and weights[k].shape != v.shape]
     if wrong:
-        raise ValueError(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
+        raise Refused(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
                          f'{len(wrong)} entries differ, the first: {wrong[0]}')
     net.load_state_dict(weights)
     return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if is_ours(ckpt) else {}

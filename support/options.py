@@ -2,6 +2,7 @@
 The options of train_adv.py that go with any loss: their flags, and which of them do not go together.
 """
 import losses
+from support.files import Refused
 from losses import needs
 
 def add_args(parser):
@@ -28,13 +29,13 @@ def add_args(parser):
     g.add_argument('--extra-fraction', type=float, default=0.5, metavar='F', help='of every batch')
 
 def check(args, method, hp):
-    """Raises ValueError, one line, for what cannot be trained. hp: the hyper-parameters of method.loss."""
+    """Raises Refused, one line, for what cannot be trained. hp: the hyper-parameters of method.loss."""
     for low, high, flags in [(0, 1e9, ['awp', 'free', *hp]), (1, 1e9, ['steps']),
                              (1e-3, 1e9, [k for k in ('tau', 'T') if k in hp]),
                              (0, 1, ['eps_ramp', 'awp_warmup', 'ema', 'swa', 'smoothing', 'extra_fraction'])]:
         for flag in flags:
             if not low <= getattr(args, flag) <= high:
-                raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, '
+                raise Refused(f'--{flag.replace("_", "-")} {getattr(args, flag)}: a number, '
                                  f'at least {low:g}' + (f' and at most {high}' if high == 1 else ''))
     asked = losses.inputs(method)
     wants_teacher = any(name.startswith('t_') for name in asked)
@@ -79,4 +80,4 @@ def check(args, method, hp):
             (args.warm_start == 'teacher' and not (wants_teacher or labels_extra),
              f'--warm-start teacher: --loss {args.loss} has none, name a file')]:
         if wrong:
-            raise ValueError(message)
+            raise Refused(message)

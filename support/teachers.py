@@ -4,7 +4,8 @@ The teachers of train_adv.py: a standard one is found or trained, any is loaded 
 import os, subprocess, sys
 
 import models
-from checkpoint import fingerprint, load_checkpoint
+from support.files import Refused
+from support.checkpoint import fingerprint, load_checkpoint
 
 def add_args(parser):
     g = parser.add_argument_group('teachers')
@@ -18,31 +19,31 @@ def add_args(parser):
 
 def standard(args, task, world=1):
     """Path of this dataset and model's standard teacher, trained now if need be (Al-Najjar et al., section 3:
-    "it is feasible to train our own teacher model"). task: data.task. Raises ValueError where several
+    "it is feasible to train our own teacher model"). task: data.task. Raises Refused where several
     processes would train it."""
     folder = f'runs/{task}-teacher'
     last = load_checkpoint(f'{folder}/last.pt')[1] if os.path.exists(f'{folder}/last.pt') else None
     if last and last['epoch'] == last['run']['epochs']:
         print(f'no teacher given: taking {folder}/best.pt, trained earlier', flush=True)
     elif world > 1:
-        raise ValueError(f'no teacher given, and none in {folder}: train it first, with train_teacher.py')
+        raise Refused(f'no teacher given, and none in {folder}: train it first, with train_teacher.py')
     else:
         print(f'no teacher given, and none in {folder} that is finished: training it first', flush=True)
         flags = [f'--{k.replace("_", "-")}={getattr(args, k)}'
                  for k in ('dataset', 'data_dir', 'model', 'amp')]
         flags += [f'--{k}={getattr(args, k)}' for k in ('width', 'subset') if getattr(args, k)]
         flags += ['--normalize'] * args.normalize + [f'--out={folder}', '--resume']
-        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_teacher.py')
+        script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train_teacher.py')
         if status := subprocess.run([sys.executable, script, *flags]).returncode:
             sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')
     return f'{folder}/best.pt'
 
 def frozen(path, args, classes, device):
-    """-> the network in path, on the device, and what the student's checkpoint says of it. Raises ValueError,
+    """-> the network in path, on the device, and what the student's checkpoint says of it. Raises Refused,
     one line."""
     net, meta = load_checkpoint(path, args.teacher_model or args.model, classes)
     if meta.get('dataset', args.dataset) != args.dataset:
-        raise ValueError(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
+        raise Refused(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
     for m in net.modules():                                     # of its two, the BN it was validated with
         if isinstance(m, models.DualBatchNorm2d):
             m.auxiliary = meta.get('run', {}).get('eval_branch') == 'aux'

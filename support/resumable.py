@@ -14,12 +14,12 @@ import json, os, shutil, time
 
 import torch
 
-from log import atomic
+from support.files import Refused, atomic
 
 class Saved:
     """
     A folder of finished batches of one evaluation. fingerprint: everything that the results depend on, as
-    JSON; a folder with another one is refused with a ValueError that names the difference. shard: (i, n).
+    JSON; a folder with another one is refused with a Refused that names the difference. shard: (i, n).
     """
     def __init__(self, folder, fingerprint, shard=(0, 1)):
         self.folder, self.shard = folder, shard
@@ -29,7 +29,7 @@ class Saved:
                 old = json.load(f)
             for k in sorted(old.keys() | fingerprint.keys()):
                 if old.get(k) != fingerprint.get(k):
-                    raise ValueError(f'{folder} holds a part of another evaluation ({k} was {old.get(k)}, '
+                    raise Refused(f'{folder} holds a part of another evaluation ({k} was {old.get(k)}, '
                                      f'is {fingerprint.get(k)}): delete it, or choose another --out')
         else:
             with atomic(path) as tmp, open(tmp, 'w') as f:

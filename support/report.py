@@ -7,7 +7,7 @@ import json, math, re
 import torch
 import torch.nn.functional as F
 
-from log import atomic
+from support.files import Refused, atomic
 
 def wilson(k, n):
     """[low, high] in percent: Wilson's 95 % interval of k out of n."""
@@ -40,18 +40,18 @@ def line(name, *, accuracy, interval, per_class, class_mean, class_std, class_wo
             f'{class_std:8.2f}{per_class[class_worst]:8.2f} ({class_worst}){seconds:10.0f}')
 
 def check_images(x, y, classes):
-    """Raises ValueError for anything but images in [0, 1] and labels of theirs."""
+    """Raises Refused for anything but images in [0, 1] and labels of theirs."""
     if x.dtype != torch.float32 or not (x.min() >= 0 and x.max() <= 1):
-        raise ValueError(f'images are {x.dtype}, {x.min():.3f} to {x.max():.3f}, not float32 in [0, 1]: '
+        raise Refused(f'images are {x.dtype}, {x.min():.3f} to {x.max():.3f}, not float32 in [0, 1]: '
                          'the normalisation belongs into the model')
     if y.dtype != torch.int64 or y.min() < 0 or y.max() >= classes:
-        raise ValueError(f'labels are {y.dtype}, {y.min()} to {y.max()}, '
+        raise Refused(f'labels are {y.dtype}, {y.min()} to {y.max()}, '
                          f'not int64 of the classes 0 to {classes - 1}')
 
 @torch.enable_grad()
 def inspect(model, x, y, classes):
     """
-    One batch through the model as it will be attacked. Raises ValueError for what cannot be evaluated.
+    One batch through the model as it will be attacked. Raises Refused for what cannot be evaluated.
     Returns figures: precision of logits and weights; how far the logits depend on the rest of the batch, and
     change from call to call (share of their largest entry); share of the gradient's entries that are exactly
     zero, and of the images without any gradient; logit norm, margin and confidence.
@@ -60,18 +60,18 @@ def inspect(model, x, y, classes):
     try:
         logits = model(x)
     except Exception as e:                          # it may be somebody else's code
-        raise ValueError(f'the network fails on images {tuple(x.shape)}: {type(e).__name__}: {e}'
+        raise Refused(f'the network fails on images {tuple(x.shape)}: {type(e).__name__}: {e}'
                          .splitlines()[0]) from e
     if logits.shape != (len(x), classes):
-        raise ValueError(f'the network returns {tuple(logits.shape)}, not {classes} logits per image')
+        raise Refused(f'the network returns {tuple(logits.shape)}, not {classes} logits per image')
     if not logits.isfinite().all():
-        raise ValueError('the network returns non-finite logits on clean images: nothing to evaluate')
+        raise Refused('the network returns non-finite logits on clean images: nothing to evaluate')
     training = [name or 'the network' for name, m in model.named_modules() if m.training]
     if training:
-        raise ValueError(f'{training[0]} is in training mode and model.eval() does not change that: '
+        raise Refused(f'{training[0]} is in training mode and model.eval() does not change that: '
                          'its answers depend on the batch')
     if not logits.requires_grad:
-        raise ValueError('the logits have no gradient at the images: the attacks could only fail')
+        raise Refused('the logits have no gradient at the images: the attacks could only fail')
     grad, = torch.autograd.grad(F.cross_entropy(logits.float(), y, reduction='sum'), x)
     weights = [p for p in model.parameters() if p.is_floating_point()]
     rounded = [t for t in (torch.float16, torch.bfloat16)
@@ -104,22 +104,22 @@ def write(path, report):
         f.write(re.sub(r'\[[\d\s,.eE+-]+\]', lambda m: ' '.join(m[0].split()), text))
 
 def load_adv(path, content, evaluated, x):
-    """x_adv, on x's device, of what --save-adv wrote to path. Raises ValueError unless these are adversarial
+    """x_adv, on x's device, of what --save-adv wrote to path. Raises Refused unless these are adversarial
     images of x, float32, in [0, 1] and in the ball that evaluated (images, norm, eps in pixels) describes."""
     if not isinstance(content, dict) or not {'x_adv', 'robust', 'evaluated'} <= set(content):
-        raise ValueError(f'{path} was not written by evaluate.py --save-adv')
+        raise Refused(f'{path} was not written by evaluate.py --save-adv')
     for k in ('images', 'norm', 'eps'):
         if content['evaluated'][k] != evaluated[k]:
-            raise ValueError(f'{path} holds the adversarial images of another evaluation '
+            raise Refused(f'{path} holds the adversarial images of another evaluation '
                              f'({k} was {content["evaluated"][k]}, is {evaluated[k]})')
     x_adv = content['x_adv']
     if x_adv.dtype != torch.float32 or x_adv.shape != x.shape or not (x_adv.min() >= 0 and x_adv.max() <= 1):
-        raise ValueError(f'{path}: x_adv is {x_adv.dtype} {tuple(x_adv.shape)}, {x_adv.min():.3f} to '
+        raise Refused(f'{path}: x_adv is {x_adv.dtype} {tuple(x_adv.shape)}, {x_adv.min():.3f} to '
                          f'{x_adv.max():.3f}, not float32 {tuple(x.shape)} in [0, 1]')
     moved = 255 * distance(x_adv, x.cpu(), evaluated['norm'])
     outside = (~(moved <= evaluated['eps'] * (1 + 1e-4))).sum().item()
     if outside:
-        raise ValueError(f'{path}: {outside} of {len(x)} images are outside the {evaluated["norm"]} ball of '
+        raise Refused(f'{path}: {outside} of {len(x)} images are outside the {evaluated["norm"]} ball of '
                          f'{evaluated["eps"]:g}/255, the farthest {moved.max():.3f}/255 away')
     return x_adv.to(x.device)
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_reduce
 
-from checkpoint import read, save
+from support.checkpoint import read
+from support.files import Refused, save
 from models import amp_dtype
 
 def add_args(parser):
@@ -40,28 +41,28 @@ def add_args(parser):
     g.add_argument('--out', metavar='DIR', help='default: runs/DATASET-MODEL-...')
 
 def check(args, world, images=None):
-    """Raises ValueError for what no training can do. images: how many there are, once that is known."""
+    """Raises Refused for what no training can do. images: how many there are, once that is known."""
     for low, flags in ((0, ('lr', 'weight_decay', 'save_minutes')), (1, ('epochs', 'accumulate')),
                        (2, ('batch_size',))):
         for flag in flags:
             if not low <= getattr(args, flag) < float('inf'):
-                raise ValueError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: '
+                raise Refused(f'--{flag.replace("_", "-")} {getattr(args, flag)}: '
                                  f'a number, at least {low}')
     if not all(0 < m < 1 for m in args.milestones):
-        raise ValueError('--milestones: shares of the training, from 0 to 1')
+        raise Refused('--milestones: shares of the training, from 0 to 1')
     if args.compile and not torch.cuda.is_available() and (args.width or 64) < 8:
-        raise ValueError(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
+        raise Refused(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
     if images == 0:
-        raise ValueError('there are no training images')
+        raise Refused('there are no training images')
     parts = world * args.accumulate
     if images and parts > 1 and images < args.batch_size:
-        raise ValueError(f'--batch-size {args.batch_size}: there are {images} training images to share')
+        raise Refused(f'--batch-size {args.batch_size}: there are {images} training images to share')
     if args.batch_size % parts or args.batch_size < 2 * parts:
-        raise ValueError(f'--batch-size {args.batch_size} in {world} processes times {args.accumulate} '
+        raise Refused(f'--batch-size {args.batch_size} in {world} processes times {args.accumulate} '
                          f'parts: a multiple of {parts}, and at least two images in each')
 
 def precision(amp, device):
-    """-> dtype of the autocast, None for fp32, which is then no TF32 either. Raises ValueError."""
+    """-> dtype of the autocast, None for fp32, which is then no TF32 either. Raises Refused."""
     dtype = amp_dtype(amp, device)
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = dtype is not None
@@ -121,22 +122,22 @@ def save_state(folder, run, now, parts):
     now.saved = time.perf_counter()
 
 def load_state(folder, run, now, parts):
-    """The reverse, if there is a state. Raises ValueError if it is that of other flags or of another number
+    """The reverse, if there is a state. Raises Refused if it is that of other flags or of another number
     of processes."""
     path = f'{folder}/state.pt'
     here = os.path.exists(path)
     somewhere, = anywhere(here)
     if somewhere and not here:
-        raise ValueError(f'--resume: {path} is not on this machine: --out has to be on a disk that all see')
+        raise Refused(f'--resume: {path} is not on this machine: --out has to be on a disk that all see')
     if not here:
         return
     state = read(path)
     for k in sorted(state['run'].keys() | run.keys()):
         if k not in NOT_THE_RUN and state['run'].get(k) != run.get(k):
-            raise ValueError(f'--resume: {folder} was started with {k.replace("_", "-")} '
+            raise Refused(f'--resume: {folder} was started with {k.replace("_", "-")} '
                              f'{state["run"].get(k)}, not {run.get(k)}')
     if len(state['now']) != world_size():
-        raise ValueError(f'--resume: {folder} was started with {len(state["now"])} processes, '
+        raise Refused(f'--resume: {folder} was started with {len(state["now"])} processes, '
                          f'not {world_size()}')
     for k, part in parts.items():
         if part:

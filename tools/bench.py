@@ -1,8 +1,8 @@
 """
 Images per second of a training step and of PGD evaluation, beside a plain implementation; each trick's share.
 
-$ python bench.py --loss logit_mse --beta 0.2 --width 16               # the ratio
-$ python bench.py --loss trades --width 8 --batch-size 64 --tricks     # each trick alone, and left out
+$ python -m tools.bench --loss logit_mse --beta 0.2 --width 16               # the ratio
+$ python -m tools.bench --loss trades --width 8 --batch-size 64 --tricks     # each trick alone, and left out
 
 plain is what public code does, fast is train_adv.py --compile. The rows take turns, in rounds: a row shows
 the median of its rounds, and of its ratios to plain in the same round. Random images of CIFAR's size. FLOPs
@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 import data, losses, models
 from attacks import attack_mode, pgd, start
-from log import atomic, environment
+from support.files import atomic
+from support.log import environment
 from losses import needs
 
 TRICKS = {                      # those that train_adv.py uses are FAST, below

@@ -1,7 +1,7 @@
 """
 Two reports of evaluate.py side by side, paired by image: which difference is larger than the noise?
 
-$ python compare.py a.eval-Linf-8-n10000.json b.eval-Linf-8-n10000.json
+$ python -m tools.compare a.eval-Linf-8-n10000.json b.eval-Linf-8-n10000.json
 
 p is McNemar's exact test: of the images that one of the two withstands and the other does not, how likely is
 a split at least as uneven if both were equally robust? It knows the noise of the images, not that of the

@@ -1,8 +1,8 @@
 """
 How the cost grows: images per second of train_adv.py by batch size, width, attack steps and processes.
 
-$ python scaling.py --out results/speed/scaling      # .json .png .pdf; a quarter of an hour on two CPU cores
-$ python scaling.py --width 64 --batch-size 128 --widths 16 32 64 128 --processes 1 2 4 8          # on GPUs
+$ python -m tools.scaling --out results/speed/scaling      # .json .png .pdf; a quarter of an hour on two CPU cores
+$ python -m tools.scaling --width 64 --batch-size 128 --widths 16 32 64 128 --processes 1 2 4 8          # on GPUs
 
 One of them is varied at a time. Every point is a run as a user starts it, TRADES with --compile on the images
 of `synthetic`: the median of its epochs but the first, in which it compiles. Processes share the batch.
@@ -13,8 +13,9 @@ import torch
 from matplotlib import rc_context
 from tqdm import tqdm
 
-from figures import STYLE, save, sheet
-from log import atomic, environment
+from tools.figures import STYLE, save, sheet
+from support.files import atomic
+from support.log import environment
 
 EPOCHS, IMAGES = 4, 576                         # synthetic's, those held out aside
 GPUS = torch.cuda.device_count()                # 0: on the CPU
@@ -50,7 +51,7 @@ except OSError as e:
 
 def images_per_second(folder, *, processes, **flags):
     """Of every epoch but the first."""
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_adv.py')
+    script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'train_adv.py')
     launcher = ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}']
     done = subprocess.run(
         [sys.executable, *launcher * (processes > 1), script, '--loss=trades', '--dataset=synthetic',

@@ -2,34 +2,21 @@
 What a run leaves behind: a folder, a table on the screen, the same figures as JSON lines,
 files that are whole or absent.
 """
-import contextlib, importlib.metadata, json, math, os, platform, secrets
+import contextlib, importlib.metadata, json, math, os, platform
 
 import torch
+
+from support import autoattack
+from support.files import Refused, atomic
 
 try:
     import fcntl
 except ImportError:             # Windows: nobody warns of two runs in one folder
     fcntl = None
 
-@contextlib.contextmanager
-def atomic(path):
-    """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any
-    error, still the old one."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    tmp = os.path.join(folder, f'.{os.path.basename(path)}.{secrets.token_hex(4)}.tmp')
-    try:
-        yield tmp
-        with open(tmp, 'rb+') as f:
-            os.fsync(f.fileno())            # on disk before the name points at it
-        os.replace(tmp, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(tmp)
-
 def new_run(folder, resume=False, epochs=0):
     """Make folder and prove that it can be written. Returns a lock on it, which lasts as long as the process,
-    or None if the run in it, of so many epochs, is to be continued and is finished. Raises ValueError if
+    or None if the run in it, of so many epochs, is to be continued and is finished. Raises Refused if
     another one is at work in it, or has been and is not to be continued."""
     try:
         os.makedirs(folder, exist_ok=True)
@@ -38,21 +25,21 @@ def new_run(folder, resume=False, epochs=0):
             try:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)        # until the process ends, however
             except (BlockingIOError, PermissionError):
-                raise ValueError(f'another run is at work in {folder}: choose another --out') from None
+                raise Refused(f'another run is at work in {folder}: choose another --out') from None
         begun = os.path.exists(f'{folder}/state.pt')
         if begun and not resume:
-            raise ValueError(f'{folder} holds an unfinished run: continue it with --resume, '
+            raise Refused(f'{folder} holds an unfinished run: continue it with --resume, '
                              'choose another --out, or delete it')
         if not begun and os.path.exists(f'{folder}/last.pt'):
             if not resume:
-                raise ValueError(f'{folder} holds a trained model already: choose another --out, '
+                raise Refused(f'{folder} holds a trained model already: choose another --out, '
                                  'or delete it')
             with contextlib.suppress(FileNotFoundError), open(f'{folder}/log.jsonl') as f:
                 lines = f.readlines()                           # the configuration, a line per epoch
                 wanted = json.loads(lines[0])['epochs'] if lines else 0
                 if 0 < wanted < len(lines):
                     if wanted != epochs:
-                        raise ValueError(f'{folder} holds a finished run of {wanted} epochs, not {epochs}: '
+                        raise Refused(f'{folder} holds a finished run of {wanted} epochs, not {epochs}: '
                                          'choose another --out')
                     print(f'{folder} is finished: nothing to resume')
                     return None
@@ -60,13 +47,16 @@ def new_run(folder, resume=False, epochs=0):
             with atomic(f'{folder}/log.jsonl') as tmp:
                 open(tmp, 'w').close()
     except OSError as e:
-        raise ValueError(f'cannot write {folder}: {e.strerror}') from e
+        raise Refused(f'cannot write {folder}: {e.strerror}') from e
     return lock
 
 def environment(device):
     """Versions and hardware: what a number depends on and a command line does not say."""
     cuda = device.type == 'cuda'
-    versions = {name: importlib.metadata.version(name) for name in ('torchvision', 'numpy', 'pyautoattack')}
+    versions = {name: importlib.metadata.version(name) for name in ('torchvision', 'numpy')}
+    with contextlib.suppress(ImportError):                  # training needs none
+        name, version = autoattack.package()
+        versions[name] = version
     return dict(versions, torch=str(torch.__version__), python=platform.python_version(),
                 tf32=cuda and torch.backends.cudnn.allow_tf32,
                 device=torch.cuda.get_device_name(device) if cuda else

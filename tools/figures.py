@@ -1,9 +1,9 @@
 """
 Pictures of what evaluate.py measured, as PNG and PDF, readable in grey and in print.
 
-$ python figures.py runs/x/best.eval-Linf-8-n10000.json                # into a folder beside the report
-$ python figures.py a.json b.json --out pictures                       # side by side
-$ python figures.py a.json --checkpoint none                           # of the report alone: seconds
+$ python -m tools.figures runs/x/best.eval-Linf-8-n10000.json                # into a folder beside the report
+$ python -m tools.figures a.json b.json --out pictures                       # side by side
+$ python -m tools.figures a.json --checkpoint none                           # of the report alone: seconds
 
 Of the report: accuracy after every stage and per class. Of the checkpoint it names: accuracy against eps,
 images with their perturbation, t-SNE of the logits, confusion under attack: minutes on a CPU. Of a log.jsonl
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 import data, models
 from attacks import attack_mode, pgd
-from checkpoint import fingerprint, load_checkpoint
-from imagenet import in_memory
-from log import atomic
-from report import wilson
+from support.checkpoint import fingerprint, load_checkpoint
+from support.imagenet import in_memory
+from support.files import Refused, atomic
+
+from support.report import wilson
 
 NAMES = {'cifar10': 'airplane automobile bird cat deer dog frog horse ship truck'.split()}  # others: numbers
 WIDTH = 6.5                                     # inches, a page's text: what is 8 pt here is 8 pt in print
@@ -356,7 +357,7 @@ if __name__ == '__main__':
     try:
         drawn = draw(args.report, args.checkpoint, args.out, data_dir=args.data_dir, n=args.n,
                      per_class=args.per_class)
-    except ValueError as e:
+    except (Refused, ValueError) as e:
         parser.error(str(e).splitlines()[0])
     except OSError as e:
         parser.error(f'cannot write {e.filename}: {e.strerror}')

@@ -1,0 +1,1 @@
+"""Imported by the scripts; nothing in here is about a method."""

@@ -1,0 +1,37 @@
+"""
+Files that are whole or absent, and the one exception for what a user can put right.
+"""
+import contextlib
+import errno
+import os
+import secrets
+
+import torch
+
+class Refused(Exception):
+    """Wrong input. Its text is one line that says what to do; a script prints it and ends with status 2. Never raised
+    for a fault of our own, which keeps its traceback."""
+
+@contextlib.contextmanager
+def atomic(path):
+    """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any error, still the old
+    one."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    tmp = os.path.join(folder, f'.{os.path.basename(path)}.{secrets.token_hex(4)}.tmp')
+    try:
+        yield tmp
+        with open(tmp, 'rb+') as f:
+            os.fsync(f.fileno())            # on disk before the name points at it
+        os.replace(tmp, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(tmp)
+
+def save(path, content):
+    """torch.save, whole or not at all. Raises OSError."""
+    with atomic(path) as tmp:
+        try:
+            torch.save(content, tmp)
+        except RuntimeError as e:           # torch.save's word for a full disk
+            raise OSError(errno.EIO, str(e)) from e

@@ -1,0 +1,1 @@
+"""Run by hand, from the root: python -m tools.NAME."""
