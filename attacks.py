@@ -106,17 +106,22 @@ def frozen_statistics(model):
 @contextmanager
 def attack_mode(model, bn='eval'):
     """
-    For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients
-    in every step), and BN either in 'eval' mode, its running statistics, or in 'train' mode, the statistics
-    of the attacked batch (Madry, Rice, ARD, IAD). The running statistics never move here; in those papers'
-    code they do. All is restored after.
+    For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients in every
+    step), and BN in 'eval' mode, its running statistics; in 'train' mode, the statistics of the attacked batch, while
+    the running ones stay; or 'moving': in train mode, and every step moves the running statistics too (Madry, Rice,
+    ARD, IAD, Wong). Modes and flags are restored after. Raises ValueError for another bn.
     """
+    if bn not in ('eval', 'train', 'moving'):
+        raise ValueError(f"bn is 'eval', 'train' or 'moving', not {bn!r}")
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    model.train(bn == 'train').requires_grad_(False)
+    model.train(bn != 'eval').requires_grad_(False)
     try:
-        with frozen_statistics(model):
+        if bn == 'moving':
             yield
+        else:
+            with frozen_statistics(model):
+                yield
     finally:
         for m, training in modes:
             m.training = training
@@ -146,37 +151,3 @@ def weights_perturbed(model, objective, *, gamma, average=None):
         with torch.no_grad():
             for w, value in zip(weights, saved):
                 w.copy_(value)
-
-def add_args(parser, training=False):
-    g = parser.add_argument_group('attack, in pixels (0..255)')
-    g.add_argument('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR)")
-    g.add_argument('--step-size', type=float, help='default: a quarter of eps, the 2 of 8')
-    g.add_argument('--norm', default='Linf', choices=['Linf', 'L2'])
-    if training:
-        g.add_argument('--steps', type=int, default=10)
-        g.add_argument('--init', default='uniform', choices=['uniform', 'normal', 'zero'],
-                       help='where it starts (TRADES and kin: normal)')
-        g.add_argument('--attack-bn', default='eval', choices=['eval', 'train'],
-                       help='BN mode while the attack is crafted')
-        g.add_argument('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'],
-                       help='of the step size, over the steps of one attack')
-        g.add_argument('--eps-ramp', type=float, default=0, metavar='SHARE',
-                       help='eps and step grow from zero over this share of the training')
-
-def resolve_args(args, eps):
-    """Fill in the defaults (eps: the dataset's, in pixels) and refuse the two classic slips.
-    Raises ValueError."""
-    if args.eps is None:
-        args.eps = eps if args.norm == 'Linf' else 128.0        # 128/255, the 0.5 of the L2 literature
-    if args.step_size is None:
-        args.step_size = args.eps / 4
-    if 0 < args.eps < 1:                # 0.03, 0.3: a fraction of the range; 0.031: somebody's 8/255
-        hint = ('0.031 is 7.9/255, not 8/255' if 0.031 <= args.eps < 0.0315 else
-                f'{args.eps:g} of the range is {args.eps * 255:g}')
-        raise ValueError(f'--eps {args.eps:g}: eps is in pixels, 0 to 255; {hint}; for 8/255 write --eps 8')
-    if not 1 <= args.eps <= 255:
-        raise ValueError(f'--eps {args.eps:g}: pixels, 1 to 255')
-    # 0.007, 0.003: a fraction again, and an attack that stands still
-    if not args.eps / 100 <= args.step_size <= 255:
-        raise ValueError(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; '
-                         '2/255 is 2, 0.007 is 1.8')

@@ -9,7 +9,9 @@ DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels
 data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes with
 scikit-learn, synthetic is generated. imagenet is class folders of files (imagenet.py).
 """
-import argparse, os, zipfile
+import hashlib
+import os
+import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -23,22 +25,24 @@ from support.files import Refused, atomic
 # What a dataset brings with it; explicit flags win. eps in pixels (0..255). flags: of both training scripts;
 # epochs, steps: of train_adv.py. A file of another name gets OTHER.
 DATASETS = {
-    'cifar10':   dict(classes=10,   augment=True,  eps=8.0),
-    'cifar100':  dict(classes=100,  augment=True,  eps=8.0),
+    'cifar10':   dict(classes=10,   augment='crop+flip', eps=8.0),
+    'cifar100':  dict(classes=100,  augment='crop+flip', eps=8.0),
     # 1,797 real handwritten digits, 8x8 enlarged to 32x32, strokes on an empty ground: a tenth of the
     # range is a fair eps. Sized for two cores: a narrow network, few epochs, and small batches, for the
     # sake of the number of steps.
-    'digits':    dict(classes=10,   augment=False, eps=25.5, flags=dict(width=8, batch_size=64),
+    'digits':    dict(classes=10,   augment='none', eps=25.5, flags=dict(width=8, batch_size=64),
                       epochs=10, teacher_epochs=8),
-    'synthetic': dict(classes=10,   augment=False, eps=8.0,  flags=dict(width=8, batch_size=32),
+    'synthetic': dict(classes=10,   augment='none', eps=8.0,  flags=dict(width=8, batch_size=32),
                       epochs=4, teacher_epochs=4),
     # Chen & Lee's, appendix A.2 ("divided by 10 at the end of 50-th and 90th epoch", of 90)
-    'imagenet':  dict(classes=None, augment=True,  eps=4.0,
+    'imagenet':  dict(classes=None, augment='crop+flip', eps=4.0,
                       flags=dict(model='torchvision-resnet50', batch_size=320, lr=0.1, schedule='step',
                                  milestones=[50 / 90], weight_decay=1e-4),
                       epochs=90, teacher_epochs=90, steps=6),
 }
-OTHER =          dict(classes=None, augment=True,  eps=8.0)
+# files of one's own: nothing is cropped or mirrored without being asked
+OTHER =          dict(classes=None, augment='none', eps=8.0)
+AUGMENT = ['none', 'crop', 'crop+flip']
 SPLIT_SEED = 0              # not --seed: a teacher and its students must leave out the same images
 
 class Dataset(NamedTuple):
@@ -46,7 +50,7 @@ class Dataset(NamedTuple):
     val: training images held out for model selection."""
     name: str
     classes: int
-    augment: bool
+    augment: str            # of AUGMENT
     x_train: torch.Tensor
     y_train: torch.Tensor
     x_val: torch.Tensor
@@ -134,18 +138,6 @@ def synthetic():
 
 # -----------------------------------------------------------------------------
 
-def add_args(parser, training=True):
-    g = parser.add_argument_group('data')
-    g.add_argument('--dataset', default='cifar10', help=f'{" ".join(DATASETS)}, or the NAME of DIR/NAME.npz')
-    g.add_argument('--data-dir', default='data', metavar='DIR')
-    if training:
-        g.add_argument('--subset', type=int, metavar='N', help='train on the first N training images only')
-
-def task(args):
-    """dataset-model-width-subset: the part of a run's name that a teacher and its students share."""
-    return '-'.join(filter(None, [args.dataset, args.model, args.width and f'w{args.width}',
-                                  args.subset and f'n{args.subset}']))
-
 def row(name, folder='data'):
     """The defaults a dataset brings with it.
     Raises Refused for a name that is neither known nor a file."""
@@ -154,18 +146,15 @@ def row(name, folder='data'):
                          f'nor a file {os.path.join(folder, name)}.npz')
     return DATASETS.get(name, OTHER)
 
-def row_asked_for(parser):
-    """row() of the command line, read before the rest of it because it sets defaults."""
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.error = parser.error
-    add_args(known)
-    args = known.parse_known_args()[0]
-    try:
-        return row(args.dataset, args.data_dir)
-    except Refused as e:
-        parser.error(e)
+def defaults(name, folder='data', teacher=False):
+    """{flag: value}, what the dataset brings to a training script. Raises Refused for an unknown name."""
+    known = row(name, folder)
+    flags = dict(known.get('flags', {}), epochs=known.get('teacher_epochs' if teacher else 'epochs', 100))
+    if not teacher:
+        flags.update(eps=known['eps'], steps=known.get('steps', 10))
+    return flags
 
-def load(name, folder='data', *, subset=None, device='cpu', training=True):
+def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, device='cpu', training=True):
     """
     -> Dataset. 1,000 training images, or a tenth where there are fewer than 10,000, become val: drawn
     with a fixed seed, before the subset is cut, so that no --subset and no --seed puts them back into
@@ -192,10 +181,31 @@ def load(name, folder='data', *, subset=None, device='cpu', training=True):
         if not 1 <= subset <= len(train):
             raise Refused(f'--subset {subset}: {name} has {len(train)} training images '
                              f'beside the {held_out} held out')
+        if subset_seed is not None:
+            drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(subset_seed))
+            train = train[drawn.to(device)]
         train = train[:subset]
     classes = classes or int(y_train.max()) + 1
-    return Dataset(name, classes, defaults['augment'], x_train[train], y_train[train],
+    return Dataset(name, classes, augment or defaults['augment'], x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
+
+def missing_classes(d):
+    """A note for the screen where the training images lack classes, or None."""
+    present = d.y_train.unique()
+    if len(present) == d.classes:
+        return None
+    shown = ' '.join(map(str, present[:10].tolist())) + (' ...' if len(present) > 10 else '')
+    return (f'note: the training images show {len(present)} of {d.classes} classes ({shown}): is the file sorted by '
+            'label? --subset with --subset-seed draws at random')
+
+def fingerprint(d):
+    """16 hex digits of the training images, their labels and the number of classes, of ImageNet's their paths."""
+    digest = hashlib.sha256(f'{d.classes} {tuple(d.x_train.shape)}'.encode())
+    for images in (d.x_train, d.x_val):
+        digest.update(images.paths.tobytes() if isinstance(images, Files) else images.cpu().numpy().tobytes())
+    for labels in (d.y_train, d.y_val):
+        digest.update(labels.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 def open_images(path, shape):
     """
@@ -242,7 +252,7 @@ def image_batches(images, n, augment, generator, seed=0, first=0):
             rest = torch.cat([rest, order(turn)])
         index, rest = rest[:n].sort().values, rest[n:]          # sorted: the disk reads forwards
         x = torch.from_numpy(images[index.numpy()]).to(generator.device)
-        yield to_float(crop_flip(x, generator) if augment else x)
+        yield to_float(augmented(x, augment, generator))
 
 def to_float(x):
     """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last,
@@ -250,18 +260,25 @@ def to_float(x):
     x = x.permute(0, 3, 1, 2).float() / 255
     return x if x.is_cuda else x.contiguous()
 
-def crop_flip(x, generator, padding=4):
+def augmented(x, augment, generator, padding=4):
     """
-    Random crop out of a frame of zeros, then a flip of every other image, as torchvision's
-    RandomCrop(padding=4) and RandomHorizontalFlip: one gather for the whole batch, on its device.
-    uint8 (B,H,W,3) -> the same.
+    'crop': random crop out of a frame of zeros, as torchvision's RandomCrop(padding=4); 'crop+flip': and a flip of
+    every other image, as RandomHorizontalFlip; 'none'. One gather for the whole batch, on its device.
+    uint8 (B,H,W,C) -> the same.
     """
+    if augment == 'none':
+        return x
     B, H, W, _ = x.shape
-    draw = lambda high: torch.randint(high, (B, 1), generator=generator, device=x.device)
+
+    def draw(high):
+        return torch.randint(high, (B, 1), generator=generator, device=x.device)
+
     padded = F.pad(x, (0, 0, padding, padding, padding, padding))
     rows = torch.arange(H, device=x.device) + draw(2 * padding + 1)
     columns = torch.arange(W, device=x.device)
-    columns = torch.where(draw(2) == 1, columns.flip(0), columns) + draw(2 * padding + 1)
+    if augment == 'crop+flip':
+        columns = torch.where(draw(2) == 1, columns.flip(0), columns)
+    columns = columns + draw(2 * padding + 1)
     return padded[torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 def at_once(n, x):
@@ -269,7 +286,7 @@ def at_once(n, x):
     their pixels."""
     return max(4, n * 64 ** 2 // max(64 ** 2, x.shape[1] * x.shape[2]))
 
-def batches(x, y, batch_size, augment=False, generator=None, *, first=0, share=slice(None)):
+def batches(x, y, batch_size, augment='none', generator=None, *, first=0, share=slice(None)):
     """
     Yield x fp32 (B,3,H,W) in [0, 1] and y (B,). With a generator (on y's device): one epoch in random order,
     whole batches only, so that every step has one shape. Without: in order, to the last image. first: batches
@@ -280,10 +297,10 @@ def batches(x, y, batch_size, augment=False, generator=None, *, first=0, share=s
         batch_size = min(batch_size, len(y))
         order = torch.randperm(len(y), generator=generator, device=y.device)
         order = order[:len(y) // batch_size * batch_size]
-    augment = augment and generator is not None
+    augment = augment if generator is not None else 'none'
     if isinstance(x, Files):
         seeds = None
-        if augment:
+        if augment != 'none':
             seeds = torch.randint(2 ** 31, order.shape, generator=generator, device=y.device)
             seeds = [s[share] for s in seeds.cpu().split(batch_size)[first:]]
         index = [i[share] for i in order.cpu().split(batch_size)[first:]]
@@ -291,6 +308,33 @@ def batches(x, y, batch_size, augment=False, generator=None, *, first=0, share=s
             yield to_float(images), labels
         return
     for k, i in enumerate(order.split(batch_size)):
-        images = crop_flip(x[i], generator) if augment else x[i]
+        images = augmented(x[i], augment, generator)
         if k >= first:
             yield to_float(images[share]), y[i[share]]
+
+def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None, n_extra=0, label=None):
+    """
+    Yield x, y of one training epoch. With extra (see open_images), the last n_extra images of every batch are drawn from
+    it, and label(x) -> (n,) says what stands for their labels. As many steps as without them, so that an epoch costs
+    the same. What is drawn depends on (seed, epoch) alone: neither on the number of processes nor on where the training
+    was stopped. first: batches to pass over; share: of each batch, what this process takes.
+    """
+    device = d.y_train.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for _ in range(epoch - 1):                      # as one generator that goes on from epoch to epoch
+        for _ in batches(d.x_train, d.y_train, batch_size - n_extra, d.augment, generator, first=10 ** 9):
+            pass
+    labelled = batches(d.x_train, d.y_train, batch_size - n_extra, d.augment, generator, first=first, share=share)
+    if extra is None:
+        yield from labelled
+        return
+    steps = max(1, len(d.y_train) // batch_size)
+    own = torch.Generator(device).manual_seed(seed + 1_000_003 * epoch)
+    unlabelled = image_batches(extra, n_extra, d.augment, own, seed, first=(epoch - 1) * steps * n_extra)
+    for _ in range(first):
+        next(unlabelled)
+    for _, (x, y), more in zip(range(first, steps), labelled, unlabelled):
+        # counted from the other end, so that every process has as many images in all
+        world, rank = share.step or 1, share.start or 0
+        more = more[world - 1 - rank::world]
+        yield torch.cat([x, more]), torch.cat([y, label(more)])

@@ -30,8 +30,8 @@ from support.autoattack import COST, FAST, PARTS, one_part
 from support.checkpoint import fingerprint, load_checkpoint
 from support.evaluate_options import DEFAULT
 from support.files import Refused, atomic
-from support.log import environment
-from models import branch
+from support.runs import environment
+from models import bn_branch
 from support.report import HEADER, check_images, distance, find_flags, inspect, line, load_adv, summary, write
 from support.resumable import Saved
 
@@ -89,13 +89,13 @@ try:
     x_test, y_test = data.to_float(pixels).contiguous(), d.y_test[:n].cpu()
     check_images(x_test, y_test, d.classes)
     model = model.to(device)
-    with attack_mode(model), branch(model, args.branch):
+    with attack_mode(model), bn_branch(model, args.branch):
         first = inspect(model, x_test[:args.batch_size], y_test[:args.batch_size].to(device), d.classes)
     searched = model
     if args.fast and '.py:' not in model.config['name']:        # of another network only its author knows
-        with branch(model, args.branch):
+        with bn_branch(model, args.branch):
             searched = models.folded(model)
-    bf16 = args.fast and models.amp_dtype('auto', device) is torch.bfloat16
+    bf16 = args.fast and models.autocast_dtype('auto', device) is torch.bfloat16
     search = f'{"bfloat16" if bf16 else "float32"}, {"compiled" if args.compile else "eager"}'
     layers = lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
     search += ', BN folded' * (layers(searched) < layers(model))
@@ -277,7 +277,7 @@ results, recount, aa_warnings, audited = {}, {}, [], []
 bar = tqdm(total=1, disable=None, leave=False,
            bar_format='{desc} {percentage:.0f}% |{bar:40}| {elapsed} gone, {remaining} left')
 try:
-    with attack_mode(model), branch(model, args.branch):
+    with attack_mode(model), bn_branch(model, args.branch):
         if args.audit and todo != ['clean'] and (eps < 1 or args.norm == 'L2') and saved.mine(0):
             saved.compute('audit', lambda: dict(checks=[list(check) for check in audit.audit(
                 model, x_test[:100], y_test[:100].to(device), eps=eps, step_size=step_size, norm=args.norm,

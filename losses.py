@@ -20,7 +20,7 @@ Logits arrive in fp32. The training loop reads the names and computes those, and
 sees no label. Copy any function into your own code, with the few it calls. Divergences are summed over the
 classes, squared errors averaged (F.mse_loss's convention); the mean over the batch is the caller's.
 """
-import argparse, inspect
+import inspect
 from typing import Callable, NamedTuple
 
 import torch
@@ -42,7 +42,7 @@ def mse(a, b):
 
 def ce(logits, y):
     """Cross-entropy, (B,). y: labels (B,), target probabilities (B, K), or Softened labels."""
-    target = y.rule(logits, y.y) if isinstance(y, Softened) else y
+    target = y.rule(logits, y.y, smoothing=y.smoothing) if isinstance(y, Softened) else y
     return F.cross_entropy(logits, target, reduction='none')
 
 def hard(y):
@@ -56,6 +56,7 @@ def hard(y):
 class Softened(NamedTuple):
     y: torch.Tensor
     rule: Callable
+    smoothing: float = 0.1
 
 def smooth(logits, y, *, smoothing=0.1):
     """Label smoothing as in torch: smoothing / K on every class. ("Bag of Tricks" spares the right one.)"""
@@ -262,6 +263,10 @@ class Method(NamedTuple):
     settings: dict = {}             # flags of train_adv.py, where the method's default is not the script's
     teacher: str | None = None      # 'standard': found or trained if none is given. 'robust': has to be given
     recipe: dict | None = None      # --recipe paper: the flags of the method's paper and code. None: unknown
+    shares: tuple = ()              # hyper-parameters that are shares, at most 1 together
+    # In fp16 the gradient of a confident logit is 0, so the attack's objective is multiplied by this before it is
+    # differentiated. That of MSE has no bound, and overflows before
+    fp16_scale: float = 2.0 ** 10
 
 BESIDE = dict(init='normal')        # at x itself KL and MSE to the clean output have no gradient
 # plain momentum and a stepwise rate, as most code before one-cycle; milestones in shares of the training. The
@@ -270,7 +275,7 @@ STEPWISE = dict(schedule='step', lr=0.1, nesterov=False, weight_decay=2e-4)
 
 METHODS = {
     'standard':   Method(standard,   None, recipe={}),
-    'als':        Method(als,        None),
+    'als':        Method(als,        None, shares=('alpha',)),
     # Madry: 80,000 steps of 128
     'pgd_at':     Method(pgd_at,     climb_ce, recipe=dict(
                       STEPWISE, epochs=205, milestones=[0.5, 0.75], attack_bn='train')),
@@ -294,30 +299,38 @@ METHODS = {
     'lbgat':      Method(lbgat,      climb_kl,  BESIDE, recipe=dict(
                       STEPWISE, epochs=100, milestones=[0.75, 0.9])),
     'softmax_kl': Method(softmax_kl, climb_kl,  BESIDE, 'standard', recipe={}),
-    'logit_mse':  Method(logit_mse,  climb_mse, BESIDE, 'standard', recipe={}),
+    'logit_mse':  Method(logit_mse,  climb_mse, BESIDE, 'standard', recipe={}, fp16_scale=2.0 ** 4),
     'ltd':        Method(ltd,        climb_kl,  BESIDE, 'standard', recipe=dict(
                       STEPWISE, epochs=120, weight_decay=5e-4, nesterov=True, steps=8,
                       milestones=[0.6667, 0.8333])),
     # ARD's and IAD's code forgets its second drop of the rate; the papers have it
-    'ard':        Method(ard,        climb_ce,  {}, 'robust', recipe=dict(
+    'ard':        Method(ard,        climb_ce,  {}, 'robust', shares=('alpha',), recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='train')),
     'iad1':       Method(iad1,       climb_ce,  {}, 'robust', recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='train')),
-    'iad2':       Method(iad2,       climb_ce,  {}, 'robust', recipe=dict(
+    'iad2':       Method(iad2,       climb_ce,  {}, 'robust', shares=('alpha', 'gamma'), recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='train')),
-    'rslad':      Method(rslad,      climb_teacher, BESIDE, 'robust', recipe=dict(
+    'rslad':      Method(rslad,      climb_teacher, BESIDE, 'robust', shares=('alpha',), recipe=dict(
                       STEPWISE, epochs=300, milestones=[215 / 300, 260 / 300, 285 / 300])),
     'adaad':      Method(adaad,      climb_both, BESIDE, 'robust'),
-    'kd_swa':     Method(kd_swa,     climb_ce,  {}, 'robust', recipe=dict(
+    'kd_swa':     Method(kd_swa,     climb_ce,  {}, 'robust', shares=('alpha', 'gamma'), recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.25, 0.75], weight_decay=5e-4, swa=0.275)),
 }
 
-SHARES = 'als', 'ard', 'rslad', 'iad2', 'kd_swa'        # rows whose alpha and gamma are shares of one
+class Inner(NamedTuple):
+    objective: Callable
+    init: str = 'uniform'           # where it starts
+    fp16_scale: float = 2.0 ** 10
 
-# --inner NAME: the attack of another row, and where it starts
-INNERS = {'ce': (climb_ce, 'uniform'), 'kl': (climb_kl, 'normal'), 'mse': (climb_mse, 'normal'),
-          'least_likely': (climb_least_likely, 'uniform'), 'teacher': (climb_teacher, 'normal'),
-          'both': (climb_both, 'normal')}
+# --inner NAME: the attack of another row
+INNERS = {
+    'ce': Inner(climb_ce),
+    'kl': Inner(climb_kl, 'normal'),
+    'mse': Inner(climb_mse, 'normal', 2.0 ** 4),
+    'least_likely': Inner(climb_least_likely),
+    'teacher': Inner(climb_teacher, 'normal'),
+    'both': Inner(climb_both, 'normal'),
+}
 
 def needs(fn):
     """Names of the inputs fn asks for: its positional arguments."""
@@ -350,46 +363,6 @@ def table():
                  ' + '.join(filter(None, teachers)) or '-', source.rstrip('.'))
         rows.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join(rows)
-
-def add_args(parser):
-    """Add --loss and what goes with it, and set the method's defaults. They depend on --loss, --inner and
-    --recipe, which are therefore read here. -> the Method chosen."""
-    parser.add_argument('--loss', default='logit_mse', choices=METHODS, help='see the table in README.md')
-    g = parser.add_argument_group('method')
-    g.add_argument('--inner', choices=INNERS, help="what the attack climbs (default: the method's)")
-    g.add_argument('--targets', choices=TARGETS, help='what cross-entropies see for a label: smooth, als')
-    g.add_argument('--smoothing', type=float, default=0.1, help='of --targets')
-    g.add_argument('--recipe', default='default', choices=['default', 'paper'],
-                   help="paper: optimiser, schedule, attack of the method's own paper; explicit flags win")
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.error = parser.error
-    for flag, choices in (('loss', METHODS), ('inner', INNERS), ('recipe', ['default', 'paper'])):
-        known.add_argument(f'--{flag}', choices=choices, default=parser.get_default(flag))
-    args = known.parse_known_args()[0]
-    method = METHODS[args.loss]
-    parser.set_defaults(**method.settings)
-    if args.inner:
-        inner, init = INNERS[args.inner]
-        method = method._replace(inner=inner)
-        parser.set_defaults(init=init)
-    if args.recipe == 'paper':
-        if method.recipe is None:
-            parser.error(f'--recipe paper: none is recorded for {args.loss}; leave it out and set flags')
-        parser.set_defaults(**method.recipe)
-    g = parser.add_argument_group(f'hyper-parameters of {args.loss}')
-    for name, default in hparams(method.loss).items():
-        kind = dict(action='store_true') if default is False else dict(type=type(default))
-        g.add_argument(f'--{name}', default=default, help=f'default {default}', **kind)
-    return method
-
-def parse_args(parser, method):
-    """-> the arguments, and among them the method's hyper-parameters; one that it does not take is an
-    error."""
-    args, unknown = parser.parse_known_args()
-    if unknown:
-        parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes '
-                     + (' '.join(f'--{k}' for k in hparams(method.loss)) or 'no hyper-parameter'))
-    return args, {k: getattr(args, k) for k in hparams(method.loss)}
 
 if __name__ == '__main__':
     print(table())

@@ -224,7 +224,7 @@ NAMES = ('resnet18 resnet34 resnet50 preactresnet18 wrn-DEPTH-WIDEN (wrn-28-10, 
 def build(name, num_classes, *, width=None, mean=None, std=None, activation='relu', dual_bn=False):
     """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: three floats
     each, in units of [0, 1]; None for no normalisation. activation: see ACTIVATIONS. dual_bn: every BN has an
-    auxiliary twin, see branch. Raises ValueError for an unknown name."""
+    auxiliary twin, see bn_branch. Raises ValueError for an unknown name."""
     if width is not None and width < 1:
         raise ValueError(f'width {width}: the first layer needs at least one channel')
     net = _network(name, num_classes, Normalize(mean, std) if mean else None,
@@ -254,7 +254,7 @@ class DualBatchNorm2d(nn.BatchNorm2d):
         return self.aux(x) if self.auxiliary else super().forward(x)
 
 @contextmanager
-def branch(net, name):
+def bn_branch(net, name):
     """For the time of the block net normalises with its 'main' or its 'aux' BN; None: as before the block.
     Without dual BN: no effect."""
     layers = [m for m in net.modules() if isinstance(m, DualBatchNorm2d)]
@@ -288,16 +288,6 @@ def _network(name, num_classes, normalize, size):
         return MobileNetV2(num_classes, normalize=normalize, **size)
     raise ValueError(f'unknown model {name!r}; known: {NAMES}')
 
-def add_args(parser):
-    g = parser.add_argument_group('model')
-    g.add_argument('--model', default='resnet18', help=NAMES)
-    g.add_argument('--width', type=int,
-                   help="channels of the first layer (default: the paper's, 64 for a ResNet)")
-    g.add_argument('--normalize', action='store_true',
-                   help='standardise the images with the statistics of the data')
-    g.add_argument('--activation', default='relu', choices=ACTIVATIONS,
-                   help='hybrid: ReLU forward, the derivative of softplus backward')
-
 # -----------------------------------------------------------------------------
 # precision, layout, fewer layers
 
@@ -318,7 +308,7 @@ def layout(device):
     On a CPU it is no faster in fp32, and its backward crashes below 8 channels."""
     return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
 
-def amp_dtype(amp, device):
+def autocast_dtype(amp, device):
     """'auto', 'bf16', 'fp16' or 'off' -> torch dtype of the autocast, None for fp32. auto is bf16
     where the hardware computes in it, fp16 on older GPUs, off on older CPUs, where emulated bf16
     is slower than fp32."""
@@ -327,6 +317,4 @@ def amp_dtype(amp, device):
               torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if amp == 'auto':
         amp = 'bf16' if native else 'fp16' if cuda else 'off'
-    if amp == 'fp16' and not cuda:
-        raise ValueError('--amp fp16 needs a GPU; use bf16 or off')
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]

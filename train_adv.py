@@ -4,346 +4,446 @@ Adversarial training, with or without a teacher, with or without labels.
 $ python train_adv.py --loss logit_mse --beta 0.2                      # trains its teacher first
 $ python train_adv.py --loss trades --beta 5 --dataset cifar100 --awp 0.005 --ema 0.995
 $ python train_adv.py --loss logit_mse --beta 0.2 --dataset digits     # no download, no GPU, three minutes
+$ torchrun --nproc-per-node 8 train_adv.py --loss trades --batch-size 1024 --lr 0.8
 
 The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight
 decay 5e-4, one cycle with cosine annealing to 0.2, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255,
-selection by PGD-20. --recipe paper takes those of the method's own paper. Numbers that came out, with
-hardware and minutes: README.md and results/.
+selection by PGD-20. support/ holds what keeps a run alive (resume, signals, files); nothing in it is about the
+method, and you can read this file without it.
 """
-import argparse, contextlib, copy, functools, itertools, os, sys, time
-from types import SimpleNamespace
+import argparse
+import contextlib
+import copy
+import time
 
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
-import attacks, data, losses, models
-from support import checkpoint, options, teachers, training
+import data
+import models
 from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
-from support.checkpoint import save_checkpoint
-from support.files import Refused
-from support.log import Table, check_finite, environment, new_run
-from losses import TARGETS, Softened, needs
-from models import branch
+from losses import INNERS, METHODS, TARGETS, Softened, hparams, needs
+from models import bn_branch
+from support import checkpoint, ddp, files, refusals, runs
 
 # -----------------------------------------------------------------------------
-# arguments: each module owns the flags it reads
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 allow_abbrev=False)
-# one line, without the usage
-parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
-data.add_args(parser); models.add_args(parser); attacks.add_args(parser, training=True)
-training.add_args(parser); teachers.add_args(parser); options.add_args(parser)
-defaults = data.row_asked_for(parser)
-parser.set_defaults(**defaults.get('flags', {}),
-                    **{k: defaults[k] for k in ('epochs', 'steps') if k in defaults})
-method = losses.add_args(parser)
-args, hp = losses.parse_args(parser, method)
-asked = losses.inputs(method)
-wants_teacher = any(name.startswith('t_') for name in asked)
-labels_extra = bool(args.extra) and 'y' in asked                # by the teacher
+# flags. A default of None is filled in below: by the dataset, the method, or the flag beside it
+parser = argparse.ArgumentParser(description=__doc__, epilog=runs.TABLE_HELP, allow_abbrev=False, add_help=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+refusals.one_line(parser)
+files.plain_output()
+
+arg = parser.add_argument_group('method').add_argument
+arg('--loss', default='logit_mse', choices=METHODS, help='the table in README.md; its hyper-parameters are flags, too')
+arg('--inner', choices=INNERS, help="what the attack maximises (default: the method's own)")
+arg('--targets', choices=TARGETS, help='soft labels in every cross-entropy to a label')
+arg('--smoothing', type=float, default=0.1, help='of --targets')
+arg('--recipe', default='default', choices=['default', 'paper'], help="paper: the method's own paper's settings")
+arg('--teacher', metavar='PT', help='frozen teacher (default: a standard one, trained if need be)')
+arg('--standard-teacher', metavar='PT', help='second teacher, of iad2 and kd_swa')
+arg('--teacher-model', help='architecture of a teacher file that holds weights only (default: --model)')
+arg('--guide-model', help='architecture of the guide of lbgat (default: --model)')
+arg('--guide-width', type=int, help='its first layer (default: --width)')
+
+arg = parser.add_argument_group('attack, in pixels (0..255)').add_argument
+arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of --norm L2 128, the usual 0.5)")
+arg('--step-size', type=float, help='default: eps / 4')
+arg('--steps', type=int, default=10)
+arg('--norm', default='Linf', choices=['Linf', 'L2'])
+arg('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='starting point; TRADES and kin: normal')
+arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
+    help='BN while x_adv is crafted: running statistics; those of the attacked batch; these, and they move the running '
+         'ones (Madry, Rice, ARD, IAD, Wong)')
+arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
+arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
+arg('--free', type=int, default=0, metavar='M', help='free adversarial training: M updates per batch, no PGD')
+
+arg = parser.add_argument_group('data and model').add_argument
+arg('--dataset', default='cifar10', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
+arg('--data-dir', default='data', metavar='DIR')
+arg('--augment', choices=data.AUGMENT, help="default: the dataset's; none for files of one's own")
+arg('--subset', type=int, metavar='N', help='N training images only: the first')
+arg('--subset-seed', type=int, metavar='SEED', help='... or, with this, drawn at random')
+arg('--extra', metavar='NPZ', help='images without labels')
+arg('--extra-fraction', type=float, default=0.5, help='share of them in every batch')
+arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
+arg('--width', type=int, help="channels of the first layer (default: the paper's)")
+arg('--normalize', action='store_true', help='standardise images as the first layer of the model')
+arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: ReLU forward, softplus backward')
+arg('--dual-bn', action='store_true', help="AdvProp's auxiliary BN for adversarial images")
+arg('--craft-branch', default='aux', choices=['main', 'aux'], help='of --dual-bn: used by the attack')
+arg('--eval-branch', default='main', choices=['main', 'aux'], help='of --dual-bn: used in validation')
+arg('--bn-order', default='nat-adv', choices=['nat-adv', 'adv-nat', 'nat', 'adv'],
+    help='order of the two student forwards; nat, adv: only that one moves BN statistics')
+arg('--warm-start', metavar='PT', help="start from these weights; 'teacher': from the teacher's")
+
+arg = parser.add_argument_group('optimisation').add_argument
+arg('--epochs', type=int, default=100)
+arg('--batch-size', type=int, default=128, help='of all processes together')
+arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory')
+arg('--lr', type=float, default=0.2, help='maximum of the schedule')
+arg('--schedule', default='onecycle', choices=['onecycle', 'step'])
+arg('--milestones', type=float, nargs='+', default=[0.5, 0.75], help='of --schedule step, shares of training')
+arg('--nesterov', action=argparse.BooleanOptionalAction, default=True)
+arg('--weight-decay', type=float, default=5e-4)
+arg('--awp', type=float, default=0, metavar='GAMMA', help='adversarial weight perturbation (usual: 0.005)')
+arg('--awp-warmup', type=float, default=0.1, metavar='SHARE', help='of training, without it')
+arg('--ema', type=float, default=0, metavar='DECAY', help='averaged weights (usual: 0.995)')
+arg('--swa', type=float, default=0, metavar='SHARE', help='average after every epoch past this share of training')
+
+arg = parser.add_argument_group('machine and run').add_argument
+arg('--seed', type=int, default=0)
+arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='autocast; auto: bf16 where native')
+arg('--compile', action='store_true', help='faster after a minute; a CPU needs a C++ compiler')
+arg('--sync-bn', action='store_true', help='under torchrun: BN statistics of the whole batch')
+arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-..., with every flag that is not at its default')
+arg('--resume', action='store_true', help='continue the run in --out where it was stopped')
+arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
+arg('--dry-run', action='store_true', help='say what would be done and how long it would take, and stop')
+
+# four layers of defaults, each wins over those before: script, dataset, method, recipe. A flag that is given wins
+first, _ = parser.parse_known_args()
+method = METHODS[first.loss]
+parser.set_defaults(**data.defaults(first.dataset, first.data_dir))
+if first.norm == 'L2':
+    parser.set_defaults(eps=128.0)
+parser.set_defaults(**method.settings)
+if first.recipe == 'paper':
+    parser.set_defaults(**(method.recipe or {}))
+if first.inner:
+    inner = INNERS[first.inner]
+    method = method._replace(inner=inner.objective, fp16_scale=inner.fp16_scale)
+    parser.set_defaults(init=inner.init)
+
+arg = parser.add_argument_group(f'hyper-parameters of {first.loss}').add_argument
+for name, default in hparams(method.loss).items():
+    if default is False:
+        arg(f'--{name}', action='store_true')
+    else:
+        arg(f'--{name}', type=type(default), default=default, help=f'default {default:g}')
+parser.add_argument('-h', '--help', action='help')
+args, unknown = parser.parse_known_args()
+if unknown:
+    takes = ' '.join(f'--{name}' for name in hparams(method.loss)) or 'no hyper-parameter'
+    parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes {takes}')
+hp = {name: getattr(args, name) for name in hparams(method.loss)}
+
+# -----------------------------------------------------------------------------
+# devices, data, models. Wrong input is refused here, before any work: one line, no traceback
+rank, world, device = ddp.init()
+loss_inputs, inner_inputs = needs(method.loss), needs(method.inner)
+wanted = {*loss_inputs, *inner_inputs}
+pseudo_labels = bool(args.extra) and 'y' in wanted              # the teacher labels the extra images
+shape = dict(width=args.width, activation=args.activation)
+refusals.training(args, method, hp)
+refusals.optimisation(args, world)
+refusals.model(args.model, dual_bn=args.dual_bn, **shape)
+if not args.out:
+    args.out = runs.name(args, parser.get_default, known=[
+        args.loss, *[f'{name}{value:.4g}' for name, value in hp.items() if value]])
+refusals.attack(args)
+run = runs.Run(args)
+
+# no dtype: fp32, and then without TF32 either
+dtype = models.autocast_dtype(args.amp, device)
+torch.backends.cudnn.benchmark = True
+torch.backends.cudnn.allow_tf32 = dtype is not None
+torch.set_float32_matmul_precision('high' if dtype else 'highest')
+
+d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed, augment=args.augment,
+              device=device)
+extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
 n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
-
-# -----------------------------------------------------------------------------
-# device, precision, data, models, output: wrong input is found here, before any work
-rank, world, device = training.ranks()
-
-teacher, standard, about = None, None, {}                       # about: what is known of the teachers
-try:
-    options.check(args, method, hp)
-    training.check(args, world)
-    dtype = training.precision(args.amp, device)
-    attacks.resolve_args(args, defaults['eps'])
-    shape = dict(width=args.width, activation=args.activation, dual_bn=args.dual_bn)
-    with torch.device('meta'):
-        models.build(args.model, 10, **shape)
-    for path in filter(None, (args.teacher, args.standard_teacher, args.warm_start)):
-        if path != 'teacher':
-            checkpoint.read(path)
-    named = {k: v for k, v in vars(args).items() if v != parser.get_default(k) and k in (
-        'inner', 'init', 'attack_bn', 'step_schedule', 'eps_ramp', 'free', 'recipe', 'activation',
-        'awp', 'ema', 'swa', 'warm_start', 'targets', 'smoothing', 'dual_bn', 'bn_order', 'extra')}
-    tags = [f'{k}{v:.4g}' for k, v in hp.items() if v]
-    tags += [k if v is True else f'{k}{os.path.basename(str(v))}' for k, v in named.items()]
-    task = data.task(args)
-    args.out = args.out or f'runs/{"-".join([task, args.loss, *tags])}-s{args.seed}'
-    lock = new_run(args.out, args.resume, args.epochs) if rank == 0 else None
-    if training.anywhere(rank == 0 and lock is None)[0]:
-        sys.exit()                                      # there is nothing left to do
-    d = data.load(args.dataset, args.data_dir, subset=args.subset, device=device)
-    extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
-    training.check(args, world, len(d.y_train))
-    mean, std = d.statistics() if args.normalize else (None, None)
-    torch.manual_seed(args.seed)
-    student = models.build(args.model, d.classes, mean=mean, std=std, **shape)
-    guide = models.build(args.model, d.classes, mean=mean, std=std, width=args.width,
-                         activation=args.activation) if 'guide_logits' in asked else None
-    if wants_teacher or labels_extra:
-        args.teacher = args.teacher or teachers.standard(args, task, world)
-        teacher, about['teacher'] = teachers.frozen(args.teacher, args, d.classes, device)
-    if 's_logits_adv' in asked:
-        args.standard_teacher = args.standard_teacher or teachers.standard(args, task, world)
-        standard, about['standard_teacher'] = teachers.frozen(
-            args.standard_teacher, args, d.classes, device)
-    if args.warm_start:
-        path = args.teacher if args.warm_start == 'teacher' else args.warm_start
-        checkpoint.warm_start(student, path, args.model, d.classes, width=args.width)
-except (Refused, ValueError) as e:
-    parser.error(e)
-except KeyboardInterrupt:
-    sys.exit('\nstopped before the first epoch')
+notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
+if args.normalize:
+    shape['mean'], shape['std'] = d.statistics()
+torch.manual_seed(args.seed)
+student = checkpoint.build(args.model, d, dual_bn=args.dual_bn, **shape)
+guide = None
+if 'guide_logits' in wanted:
+    shape['width'] = args.guide_width or args.width
+    guide = checkpoint.build(args.guide_model or args.model, d, **shape)
+teacher, standard_teacher, teachers = None, None, {}            # teachers: what is known of them
+if 't_logits' in wanted or 't_logits_adv' in wanted or pseudo_labels:
+    args.teacher = args.teacher or runs.standard_teacher(args)
+    teacher, teachers['teacher'] = checkpoint.load_teacher(args.teacher, args, d, device)
+if 's_logits_adv' in wanted:
+    args.standard_teacher = args.standard_teacher or runs.standard_teacher(args)
+    standard_teacher, teachers['standard_teacher'] = checkpoint.load_teacher(args.standard_teacher, args, d, device)
+if args.warm_start:
+    path = args.teacher if args.warm_start == 'teacher' else args.warm_start
+    checkpoint.warm_start(student, path, args.model, d.classes, width=args.width)
 student = student.to(device, memory_format=models.layout(device))
-guide = guide and guide.to(device, memory_format=models.layout(device))
+if guide:
+    guide = guide.to(device, memory_format=models.layout(device))
 if args.sync_bn:
-    for net in filter(None, (student, guide)):
-        training.sync_bn(net)
+    ddp.sync_bn(student, guide)
+averaged = copy.deepcopy(student) if args.ema or args.swa else None
 
-# -----------------------------------------------------------------------------
-# the speed block: delete it, and what is left is the same, slower. fast[net](x) computes net(x); validation
-# and checkpoints stay with net. On one AVX2 core the attack is 1.7 times as fast, the update 1.6 times
-fast = {}
+# the speed block: delete it, and what is left computes the same, slower. Checkpoints and validation use `student`,
+# never `net`. On one AVX2 core the attack is 1.7 times as fast, the update 1.6 times
+net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
 if args.compile:
-    # a graph for each network in each mode: attacked, updated, looked ahead with, and either BN of two
-    torch._dynamo.config.recompile_limit = 64
-    fast = {net: torch.compile(net, dynamic=False) for net in (student, guide, teacher, standard) if net}
+    torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
+    net = torch.compile(student, dynamic=False)
+    guide_net = torch.compile(guide, dynamic=False) if guide else None
+    teacher_net = torch.compile(teacher, dynamic=False) if teacher else None
+    standard_net = torch.compile(standard_teacher, dynamic=False) if standard_teacher else None
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
 steps_per_epoch = max(1, len(d.y_train) // args.batch_size)
-parameters = [*student.parameters(), *(guide.parameters() if guide else [])]
 total_steps = args.epochs * steps_per_epoch * max(1, args.free)
-optimizer, scheduler = training.optimizer_and_schedule(parameters, args, total_steps)
+parameters = list(student.parameters()) + (list(guide.parameters()) if guide else [])
+optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, nesterov=args.nesterov,
+                            weight_decay=args.weight_decay)
+if args.schedule == 'step':
+    drops = [round(m * total_steps) for m in args.milestones]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+else:
+    # The paper states momentum 0.9, so it is not cycled. 25 % of warm-up as in HAT's code, which the paper's settings
+    # resemble. OneCycleLR divides by zero for four or fewer steps
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps),
+                                                    pct_start=0.25, cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-# in fp16 the gradient of a confident logit is 0; that of MSE, which has no bound, overflows before
-scale = 1.0 if dtype is not torch.float16 else 2.0 ** (4 if method.inner is losses.climb_mse else 10)
-averaged = copy.deepcopy(student) if args.ema or args.swa else None
-# data order and augmentation: the same for every loss; the noise of the attacks: each process its own
-generator = torch.Generator(device).manual_seed(args.seed)
-if rank:
+attack_scale = method.fp16_scale if dtype is torch.float16 else 1.0
+if rank:                                            # the noise of the attacks: each process its own
     torch.manual_seed(args.seed + 1_000_003 * rank)
-now = SimpleNamespace(                  # what changes while training, and no module or optimizer keeps
-    epoch=1, batch=0, steps=0, best=-1.0, averages=0, seconds=0.0, losses=[], order=generator.get_state(),
-    class_p=torch.full((d.classes, d.classes), 1 / d.classes, device=device),       # dkl: row c, of class c
-    class_sum=torch.zeros(d.classes, d.classes, device=device),
-    delta=torch.empty(0, device=device))        # --free's perturbation
-parts = dict(student=student, guide=guide, averaged=averaged, optimizer=optimizer, scheduler=scheduler,
-             scaler=scaler)
 
 # -----------------------------------------------------------------------------
 # the two halves of the min-max problem
 
-def logits_of(net, x):
+def logits_of(network, x):
     """fp32 logits of fp32 images; only the network itself runs in reduced precision."""
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        return fast.get(net, net)(x).float()
+        return network(x).float()
 
 def craft(x, y):
-    """x_adv: PGD on method.inner. What does not depend on x_adv is computed once, *_adv in every step."""
+    """Inner maximisation: x_adv (B,3,H,W), PGD on method.inner."""
     if method.inner is None:
         return x
-    ramp = min(1.0, now.steps / total_steps / args.eps_ramp) if args.eps_ramp else 1.0
+    ramp = min(1.0, step / total_steps / args.eps_ramp) if args.eps_ramp else 1.0
     eps, step_size = ramp * args.eps / 255, ramp * args.step_size / 255
-    if args.free:               # no attack: the last update's gradient has moved delta
-        return (x + now.delta.clamp(-eps, eps)).clamp(0, 1).requires_grad_()
-    once = dict(y=lambda: y, logits=lambda: logits_of(student, x), t_logits=lambda: logits_of(teacher, x))
-    live = dict(logits_adv=lambda x_adv: logits_of(student, x_adv),
-                t_logits_adv=lambda x_adv: logits_of(teacher, x_adv))
-    names = needs(method.inner)
-    with attack_mode(student, bn=args.attack_bn), branch(student, args.craft_branch):
-        with torch.no_grad(), branch(student, 'main'):
-            fixed = {k: once[k]() for k in names if k in once}
-        climb = lambda x_adv: scale * method.inner(**fixed, **{k: live[k](x_adv) for k in names if k in live})
-        return pgd(climb, x, eps=eps, step_size=step_sizes(step_size, args.steps, args.step_schedule),
+    if args.free:               # no PGD: the last update's gradient has moved delta
+        return (x + delta.clamp(-eps, eps)).clamp(0, 1).requires_grad_()
+
+    # what does not depend on x_adv is computed once per attack, not once per step
+    fixed = {}
+    with attack_mode(student, bn=args.attack_bn), bn_branch(student, 'main'), torch.no_grad():
+        if 'y' in inner_inputs:
+            fixed['y'] = y
+        if 'logits' in inner_inputs:
+            fixed['logits'] = logits_of(net, x)
+        if 't_logits' in inner_inputs:
+            fixed['t_logits'] = logits_of(teacher_net, x)
+
+    def objective(x_adv):
+        inputs = dict(fixed)
+        if 'logits_adv' in inner_inputs:
+            inputs['logits_adv'] = logits_of(net, x_adv)
+        if 't_logits_adv' in inner_inputs:
+            inputs['t_logits_adv'] = logits_of(teacher_net, x_adv)
+        return attack_scale * method.inner(**inputs)
+
+    with attack_mode(student, bn=args.attack_bn), bn_branch(student, args.craft_branch):
+        return pgd(objective, x, eps=eps, step_size=step_sizes(step_size, args.steps, args.step_schedule),
                    steps=args.steps, init=args.init, norm=args.norm)
 
-def loss_on(x, x_adv, y, look_ahead=False):
-    """method.loss, (B,). Every name a loss may ask for is here; those it asks for are computed, in the order
-    it asks. look_ahead: leave no trace, in BN statistics or otherwise."""
-    def on(x, kind):            # 'nat' goes through the main BN; 'adv' through the auxiliary one, if any
-        moves = kind in args.bn_order and not look_ahead
-        still = contextlib.nullcontext() if moves else frozen_statistics(student)
-        with still, branch(student, 'aux' if kind == 'adv' else 'main'):
-            return logits_of(student, x)
-    frozen = torch.no_grad()(logits_of)
-    forward = dict(
-        y             = lambda: Softened(y, target) if args.targets else y,
-        logits        = lambda: on(x, 'nat'),
-        logits_adv    = lambda: on(x_adv, 'adv'),
-        logits_helper = lambda: on(x + hp['h'] * (x_adv - x), 'adv'),
-        t_logits      = lambda: frozen(teacher, x),
-        t_logits_adv  = lambda: frozen(teacher, x_adv),
-        s_logits_adv  = lambda: frozen(standard, x_adv),
-        guide_logits  = lambda: logits_of(guide, x),
-        class_p       = lambda: now.class_p[y],
-        progress      = lambda: now.steps / total_steps,
-    )
-    names = needs(method.loss)
-    if args.bn_order == 'adv-nat':
-        names = sorted(names, key=lambda name: name == 'logits')
-    values = {k: forward[k]() for k in names}
-    if 'class_p' in names and not look_ahead:           # for the next epoch
-        now.class_sum.index_add_(0, y, (values['logits'].detach() / hp['T']).softmax(1))
-    return method.loss(**values, **hp)
+def student_logits(x, kind, moves_bn):
+    """kind: 'nat' goes through the main BN, 'adv' through the auxiliary one, if there are two."""
+    with bn_branch(student, 'aux' if kind == 'adv' else 'main'):
+        if moves_bn and kind in args.bn_order:
+            return logits_of(net, x)
+        with frozen_statistics(student):
+            return logits_of(net, x)
 
-target = functools.partial(TARGETS[args.targets], smoothing=args.smoothing) if args.targets else None
+def loss_on(x, x_adv, y, moves_bn=True):
+    """Outer minimisation: method.loss, (B,). Only what the loss asks for is computed. x goes first, then x_adv, unless
+    --bn-order says otherwise. moves_bn=False leaves no trace, in BN statistics or otherwise."""
+    inputs = {}
+    if 'logits' in loss_inputs and args.bn_order != 'adv-nat':
+        inputs['logits'] = student_logits(x, 'nat', moves_bn)
+    if 'logits_adv' in loss_inputs:
+        inputs['logits_adv'] = student_logits(x_adv, 'adv', moves_bn)
+    if 'logits_helper' in loss_inputs:                          # HAT
+        inputs['logits_helper'] = student_logits(x + hp['h'] * (x_adv - x), 'adv', moves_bn)
+    if 'logits' in loss_inputs and args.bn_order == 'adv-nat':
+        inputs['logits'] = student_logits(x, 'nat', moves_bn)
+    if 'guide_logits' in loss_inputs:                           # LBGAT
+        with contextlib.nullcontext() if moves_bn else frozen_statistics(guide):
+            inputs['guide_logits'] = logits_of(guide_net, x)
+    with torch.no_grad():
+        if 't_logits' in loss_inputs:
+            inputs['t_logits'] = logits_of(teacher_net, x)
+        if 't_logits_adv' in loss_inputs:
+            inputs['t_logits_adv'] = logits_of(teacher_net, x_adv)
+        if 's_logits_adv' in loss_inputs:
+            inputs['s_logits_adv'] = logits_of(standard_net, x_adv)
+    if 'y' in loss_inputs:
+        inputs['y'] = Softened(y, TARGETS[args.targets], args.smoothing) if args.targets else y
+    if 'progress' in loss_inputs:
+        inputs['progress'] = step / total_steps
+    if 'class_p' in loss_inputs:                                # DKL: of the epoch before
+        inputs['class_p'] = class_p[y]
+        if moves_bn:
+            class_sum.index_add_(0, y, (inputs['logits'].detach() / hp['T']).softmax(1))
+    return method.loss(**inputs, **hp)
+
+def awp(x, x_adv, y):
+    """Context in which the student's weights are perturbed; does nothing without --awp."""
+    if not args.awp or step < args.awp_warmup * total_steps:
+        return contextlib.nullcontext()
+    def objective():
+        return attack_scale * loss_on(x, x_adv.detach(), y, moves_bn=False).mean()
+    return weights_perturbed(student, objective, gamma=args.awp, average=ddp.average)
 
 def update(x, y):
-    """One step of the optimiser. -> the loss, on the device."""
+    """One step of the optimiser, in --accumulate parts. -> the loss, on the device: .item() would wait for a GPU."""
+    global delta
     total = 0.0
-    for x, y in [(x[k::args.accumulate], y[k::args.accumulate]) for k in range(args.accumulate)]:
-        x_adv = craft(x, y)
-        perturbed = contextlib.nullcontext()
-        if args.awp and now.steps >= args.awp_warmup * total_steps:
-            def objective():
-                with frozen_statistics(guide) if guide else contextlib.nullcontext():
-                    return scale * loss_on(x, x_adv.detach(), y, look_ahead=True).mean()
-            perturbed = weights_perturbed(student, objective, gamma=args.awp, average=training.average)
-        with perturbed:
-            loss = loss_on(x, x_adv, y).mean() / args.accumulate
+    for part in range(args.accumulate):
+        x_part, y_part = x[part::args.accumulate], y[part::args.accumulate]
+        x_adv = craft(x_part, y_part)
+        with awp(x_part, x_adv, y_part):
+            loss = loss_on(x_part, x_adv, y_part).mean() / args.accumulate
             scaler.scale(loss).backward()
         total += loss.detach()
-    if args.free:
-        eps = args.eps / 255    # Shafahi et al. 2019: the step is eps
-        now.delta.add_(eps * x_adv.grad.nan_to_num(0.0).sign()).clamp_(-eps, eps)
-    training.average([p.grad for p in parameters if p.grad is not None])
+    if args.free:                       # Shafahi et al. 2019: the step is eps
+        delta = (delta + args.eps / 255 * x_adv.grad.nan_to_num(0.0).sign()).clamp(-args.eps / 255, args.eps / 255)
+    ddp.average([p.grad for p in parameters])
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     scheduler.step()
-    now.steps += 1
     return total
 
 @torch.no_grad()
 def move_average(weight):
     """averaged += weight (student - averaged), BN statistics and all."""
     for a, s in zip(averaged.state_dict().values(), student.state_dict().values()):
-        a.lerp_(s, weight) if a.is_floating_point() else a.copy_(s)
+        if a.is_floating_point():
+            a.lerp_(s, weight)
+        else:
+            a.copy_(s)
 
-def epoch_batches():
-    """x, y of the rest of this epoch, this process's share; with --extra, images without labels are the last
-    of every batch. Drawn as by one process from the start of the epoch: neither the number of processes nor
-    where the training was stopped changes what is drawn."""
-    generator.set_state(now.order)
-    labelled = data.batches(d.x_train, d.y_train, args.batch_size - n_extra, d.augment, generator,
-                            first=now.batch, share=slice(rank, None, world))
-    unlabelled = [None] * steps_per_epoch
-    if extra is not None:       # as many steps as without them, so that an epoch costs the same
-        own = torch.Generator(device).manual_seed(args.seed + 1_000_003 * now.epoch)
-        first = (now.epoch - 1) * steps_per_epoch * n_extra
-        unlabelled = data.image_batches(extra, n_extra, d.augment, own, args.seed, first)
-        unlabelled = itertools.islice(unlabelled, now.batch, None)
-    # labelled first: stopped after the last batch, it still draws all that the next epoch's order depends on
-    for (x, y), more, _ in zip(labelled, unlabelled, range(now.batch, steps_per_epoch)):
-        if more is not None:
-            more = more[world - 1 - rank::world]        # with its share of the others as many as everyone
-            y_more = torch.full((len(more),), -1, device=device)    # nobody looks at it, or the teacher says
-            if labels_extra:
-                with torch.no_grad():
-                    y_more = logits_of(teacher, more).argmax(1)
-            x, y = torch.cat([x, more]), torch.cat([y, y_more])
-        yield x, y
-
-def validate(model, n=None, bn=None):
-    """Clean and PGD-20 accuracy in percent on (the first n of) the held-out training images, and the mean
-    clean CE, through the BN branch bn. No autocast: it starves the attack on a confident network."""
-    net = fast.get(model, model)
-    hits = torch.zeros(3, device=device)
-    with attack_mode(model), branch(model, bn):
-        for x, y in data.batches(d.x_val[:n][rank::world], d.y_val[:n][rank::world],
-                                 data.at_once(500 if device.type == 'cuda' else 50, d.x_val)):
-            ce = lambda x: F.cross_entropy(net(x), y, reduction='none')
-            x_adv = pgd(ce, x, eps=args.eps / 255, step_size=args.eps / 4 / 255, steps=20, norm=args.norm)
+def validate(model, n=None, branch=None):
+    """Clean accuracy, PGD-20 accuracy (%) and mean clean CE on (the first n of) the held-out training images, in fp32:
+    autocast starves the attack on a confident network."""
+    x_val, y_val = d.x_val[:n], d.y_val[:n]
+    correct = torch.zeros(3, device=device)
+    batches = data.batches(x_val[rank::world], y_val[rank::world], data.at_once(500 if x_val.is_cuda else 50, x_val))
+    with attack_mode(model), bn_branch(model, branch):
+        for x, y in run.progress(batches, 'validation'):
+            def cross_entropy(x_adv):
+                return F.cross_entropy(model(x_adv), y, reduction='none')
+            x_adv = pgd(cross_entropy, x, eps=args.eps / 255, step_size=args.eps / 4 / 255, steps=20, norm=args.norm)
             with torch.no_grad():
-                logits = model(x)
-                clean, robust = (logits.argmax(1) == y).sum(), (model(x_adv).argmax(1) == y).sum()
-                hits += torch.stack([clean, robust, F.cross_entropy(logits, y, reduction='sum')])
-    training.average([hits])
-    clean, robust, loss = (world * hits / len(d.y_val[:n])).tolist()
+                logits, logits_adv = model(x), model(x_adv)
+            correct[0] += (logits.argmax(1) == y).sum()
+            correct[1] += (logits_adv.argmax(1) == y).sum()
+            correct[2] += F.cross_entropy(logits, y, reduction='sum')
+    ddp.average([correct])
+    clean, robust, loss = (world * correct / len(y_val)).tolist()
     return 100 * clean, 100 * robust, loss
 
 # -----------------------------------------------------------------------------
-# the configuration, then the table
-rule = f'{"PGD-20" if method.inner else "clean accuracy"} on {len(d.y_val)} held-out training images'
-with training.guarded(args, now) as stop:
-    for net, role in ((teacher, 'teacher'), (standard, 'standard_teacher')):
-        if net is not None:
-            n = min(100, len(d.y_val))
-            clean, robust, _ = validate(net, n)
-            about[role].update(val_clean=clean, val_pgd20=robust, val_n=n)
-            print(f'{role.replace("_", " ")} {about[role]["path"]} ({about[role]["fingerprint"]}): '
-                  f'{clean:.1f} % clean, {robust:.1f} % under PGD-20 on {n} held-out images', flush=True)
-    config = dict(vars(args), hparams=hp, augment=d.augment, classes=d.classes, train_images=len(d.y_train),
-                  val_images=len(d.y_val), teachers=about, precision=str(dtype or torch.float32),
-                  processes=world, extra_labels='teacher' if labels_extra else None, **environment(device))
-    run = dict(vars(args), teachers={role: known['fingerprint'] for role, known in about.items()},
-               device=device.type, precision=str(dtype))
-    if args.resume:
-        try:
-            training.load_state(args.out, run, now, parts)
-        except (Refused, ValueError) as e:
-            parser.error(e)
-    if rank == 0:
-        table = Table(args.out, config, first=now.epoch, epoch='d', lr='.4f', loss='.4f', val_clean='.2f',
-                      val_pgd20='.2f', img_per_s='.0f', peak_gib='.2f', min_left='.1f')
-    attack = ('no attack' if method.inner is None else f'free, {args.free} updates per batch' if args.free
-              else f'PGD-{args.steps}, step {args.step_size:g}/255')
-    print(f'eps {args.eps:g}/255 = {args.eps / 255:.5f}; {attack}; {len(d.y_train)} images, '
-          f'{len(d.y_val)} more held out')
-    if extra is not None:
-        print(f'{len(extra)} more from {args.extra}, {n_extra} in every {args.batch_size}; their labels: '
-              + (f"the teacher's, {args.teacher}" if labels_extra else f'--loss {args.loss} asks for none'))
-    if now.steps:
-        print(f'continuing in epoch {now.epoch}, after batch {now.batch}', flush=True)
-    while now.epoch <= args.epochs:
+# the run
+epoch, batch, step, averages, best, step_losses = 1, 0, 0, 0, -1.0, []
+delta = torch.zeros(0, device=device)                                        # --free's perturbation
+class_p = class_sum = torch.zeros(0, device=device)
+if 'class_p' in loss_inputs:                                                 # DKL: row c, mean softmax of class c
+    class_p = torch.full((d.classes, d.classes), 1 / d.classes, device=device)
+    class_sum = torch.zeros_like(class_p)
+
+def state():
+    """All that the next step depends on, beside the flags."""
+    return dict(epoch=epoch, batch=batch, step=step, averages=averages, best=best, delta=delta, class_p=class_p,
+                class_sum=class_sum, step_losses=[loss.item() for loss in step_losses], student=student, guide=guide,
+                averaged=averaged, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+
+def pseudo_label(x):
+    """(B,): what the teacher takes images without a label for; -1 where the loss asks for none."""
+    if not pseudo_labels:
+        return torch.full((len(x),), -1, device=device)
+    with torch.no_grad():
+        return logits_of(teacher_net, x).argmax(1)
+
+def training_batches():
+    """x, y of the rest of this epoch, this process's share of each batch."""
+    return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world),
+                      extra=extra, n_extra=n_extra, label=pseudo_label)
+
+config = dict(vars(args), hparams=hp, augment=d.augment, data=data.fingerprint(d), classes=d.classes,
+              train_images=len(d.y_train), val_images=len(d.y_val), precision=str(dtype or torch.float32),
+              device_type=device.type, processes=world, extra_labels='teacher' if pseudo_labels else None,
+              teachers=teachers, **runs.environment(device))
+attack = 'no attack' if method.inner is None else f'PGD-{args.steps}, step {args.step_size:g}/255, from {args.init}'
+if args.free:
+    attack = f'free, {args.free} updates per batch'
+if extra is not None:
+    labels = "the teacher's" if pseudo_labels else 'not needed'
+    notes.append(f'{n_extra} images of every batch are from {args.extra}; their labels: {labels}')
+runs.summary(config, f'{args.loss} {hp}; eps {args.eps:g}/255 = {args.eps / 255:.5f} in {args.norm}; {attack}', student, notes)
+with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one line, and what was saved holds
+    for role, network in (('teacher', teacher), ('standard_teacher', standard_teacher)):
+        if network is not None:
+            clean, robust, loss = validate(network, n := min(100, len(d.y_val)))
+            checkpoint.check_teacher(teachers[role], clean, robust, loss, n)
+    saved = run.begin(config, state)
+    if saved:
+        epoch, batch, step, averages = (saved[k] for k in ('epoch', 'batch', 'step', 'averages'))
+        best, step_losses = saved['best'], [torch.tensor(loss, device=device) for loss in saved['step_losses']]
+        delta, class_p, class_sum = (saved[k].to(device) for k in ('delta', 'class_p', 'class_sum'))
+        files.say(f'continuing in epoch {epoch}, after batch {batch}')
+    if args.dry_run:
         student.train()
-        begun, images = time.perf_counter(), 0
-        for x, y in tqdm(epoch_batches(), total=steps_per_epoch, initial=now.batch, leave=False,
-                         disable=None if rank == 0 else True):
-            if args.free and not len(now.delta):
-                now.delta = torch.zeros_like(x)
+        few = min(20, len(d.y_val))
+        run.estimate(update, training_batches(), lambda: validate(student, few), steps=total_steps,
+                     validations=args.epochs * len(d.y_val) / few)
+
+    while epoch <= args.epochs:
+        student.train()
+        t0, images = time.perf_counter(), 0
+        for x, y in run.progress(training_batches(), f'epoch {epoch}', total=steps_per_epoch, initial=batch):
+            if args.free and len(delta) == 0:
+                delta = torch.zeros_like(x)
             for _ in range(max(1, args.free)):
-                now.losses.append(update(x, y))     # no .item(): it would wait for the GPU in every step
-                if args.ema:                        # a short memory in the beginning
-                    move_average(1 - min(args.ema, (1 + now.steps) / (10 + now.steps)))
-            now.batch, images = now.batch + 1, images + world * len(x)
-            begun += training.pause(args, run, now, parts, stop, begun)
-        step_losses = torch.tensor([loss.item() for loss in now.losses])        # one wait per epoch
-        now.seconds += time.perf_counter() - begun
-        img_per_s = images / (time.perf_counter() - begun)
+                step_losses.append(update(x, y))
+                step += 1
+                if args.ema:                        # a short memory at first
+                    move_average(1 - min(args.ema, (1 + step) / (10 + step)))
+            batch += 1
+            images += world * len(x)
+            run.save_if_due(state)
+        losses = torch.stack(step_losses)
+        img_per_s = images / (time.perf_counter() - t0)
+
         # of several processes: one mean loss, one set of BN statistics, one of DKL
-        training.average([step_losses])
-        training.average([now.class_sum, *(buffer for net in (student, guide, averaged) if net
-                                           for buffer in net.buffers())])
-        if 'class_p' in asked:
-            seen = now.class_sum.sum(1, keepdim=True)
-            now.class_p = torch.where(seen > 0, now.class_sum / seen, now.class_p)
-            now.class_sum.zero_()
-        if args.swa and now.epoch > args.swa * args.epochs:
-            now.averages += 1
-            move_average(1 / now.averages)
-            again = data.batches(d.x_train, d.y_train, args.batch_size, d.augment,
-                                 torch.Generator(device).manual_seed(now.epoch))
-            update_bn(again, averaged)              # the statistics of its own activations, on clean images
-        model = averaged if args.ema or now.averages else student           # what is judged and kept
-        clean, robust, val_loss = validate(model, bn=args.eval_branch)
-        check_finite(step_losses, val_loss, now.epoch)
-        score = robust if method.inner else clean   # on held-out training images: the test set takes no part
-        if rank == 0:
-            table.row(epoch=now.epoch, lr=scheduler.get_last_lr()[0], loss=step_losses.mean().item(),
-                      val_clean=clean, val_pgd20=robust, img_per_s=img_per_s,
-                      peak_gib=training.peak_gib(device),
-                      min_left=now.seconds / now.epoch * (args.epochs - now.epoch) / 60)
-            meta = dict(loss=args.loss, hparams=hp, dataset=args.dataset, eps=args.eps, norm=args.norm,
-                        epoch=now.epoch, val_clean=clean, val_pgd20=robust, **about, run=config)
-            if score >= now.best:                   # ties go to the later, more annealed epoch
-                save_checkpoint(f'{args.out}/best.pt', model, selected_by=rule, **meta)
-            save_checkpoint(f'{args.out}/last.pt', model, selected_by='last epoch', **meta)
-        now.epoch, now.batch, now.losses, now.order = now.epoch + 1, 0, [], generator.get_state()
-        now.best = max(now.best, score)
-        if now.epoch <= args.epochs:
-            training.save_state(args.out, run, now, parts)
-    if rank == 0:
-        table.curves('val_clean', 'val_pgd20')
-        training.finished(args.out)
-print(f'done in {now.seconds / 60:.1f} min. Next: python evaluate.py {args.out}/best.pt')
+        networks = [network for network in (student, guide, averaged) if network is not None]
+        ddp.average([losses, class_sum, *(buffer for network in networks for buffer in network.buffers())])
+        if 'class_p' in loss_inputs:
+            seen = class_sum.sum(1, keepdim=True)
+            class_p = torch.where(seen > 0, class_sum / seen, class_p)
+            class_sum.zero_()
+        if args.swa and epoch > args.swa * args.epochs:
+            averages += 1
+            move_average(1 / averages)
+            update_bn(data.batches(d.x_train, d.y_train, args.batch_size, d.augment, torch.Generator(device).manual_seed(epoch)), averaged)       # of its own activations, on x
+        model = averaged if args.ema or averages else student                   # what is judged and kept
+        clean, robust, val_loss = validate(model, branch=args.eval_branch)
+        runs.check_finite(losses, val_loss, epoch)
+        score = robust if method.inner else clean       # held-out training images: the test set takes no part
+        rule = f'{"PGD-20" if method.inner else "clean accuracy"} on {len(d.y_val)} held-out training images'
+        run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
+                val_pgd20=robust, img_per_s=img_per_s, peak_gib=runs.peak_gib(device))
+        known = dict(loss=args.loss, hparams=hp, dataset=args.dataset, eps=args.eps, norm=args.norm, epoch=epoch,
+                     val_clean=clean, val_pgd20=robust, **teachers)
+        if score >= best:                               # ties go to the later, more annealed epoch
+            best = score
+            run.save_model('best.pt', model, selected_by=rule, **known)
+        run.save_model('last.pt', model, selected_by='last epoch', **known)
+        epoch, batch, step_losses = epoch + 1, 0, []
+        if epoch <= args.epochs:
+            run.save_state(state)
+    run.finish()

@@ -8,143 +8,180 @@ $ python train_teacher.py --dataset digits                 # no download, no GPU
 The recipe is train_adv.py's, without the adversary: Al-Najjar et al. train "all the models" with it. best.pt
 is the epoch of the highest clean accuracy on held-out training images; the test set takes no part.
 """
-import argparse, sys, time
-from types import SimpleNamespace
+import argparse
+import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import data, models
-from support import training
-from support.checkpoint import save_checkpoint
-from support.files import Refused
-from support.log import Table, check_finite, environment, new_run
+import data
+import models
+from support import checkpoint, ddp, files, refusals, runs
 
 # -----------------------------------------------------------------------------
-# arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 allow_abbrev=False)
-# one line, without the usage
-parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
-data.add_args(parser); models.add_args(parser); training.add_args(parser)
-defaults = data.row_asked_for(parser)
-parser.set_defaults(**defaults.get('flags', {}), epochs=defaults.get('teacher_epochs', 100))
+# flags, as those of train_adv.py
+parser = argparse.ArgumentParser(description=__doc__, epilog=runs.TABLE_HELP, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+refusals.one_line(parser)
+files.plain_output()
+
+arg = parser.add_argument_group('data and model').add_argument
+arg('--dataset', default='cifar10', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
+arg('--data-dir', default='data', metavar='DIR')
+arg('--augment', choices=data.AUGMENT, help="default: the dataset's; none for files of one's own")
+arg('--subset', type=int, metavar='N', help='N training images only: the first')
+arg('--subset-seed', type=int, metavar='SEED', help='... or, with this, drawn at random')
+arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
+arg('--width', type=int, help="channels of the first layer (default: the paper's)")
+arg('--normalize', action='store_true', help='standardise images as the first layer of the model')
+arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: ReLU forward, softplus backward')
+
+arg = parser.add_argument_group('optimisation').add_argument
+arg('--epochs', type=int, default=100)
+arg('--batch-size', type=int, default=128, help='of all processes together')
+arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory')
+arg('--lr', type=float, default=0.2, help='maximum of the schedule')
+arg('--schedule', default='onecycle', choices=['onecycle', 'step'])
+arg('--milestones', type=float, nargs='+', default=[0.5, 0.75], help='of --schedule step, shares of training')
+arg('--nesterov', action=argparse.BooleanOptionalAction, default=True)
+arg('--weight-decay', type=float, default=5e-4)
+
+arg = parser.add_argument_group('machine and run').add_argument
+arg('--seed', type=int, default=0)
+arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='autocast; auto: bf16 where native')
+arg('--compile', action='store_true', help='faster after a minute; a CPU needs a C++ compiler')
+arg('--sync-bn', action='store_true', help='under torchrun: BN statistics of the whole batch')
+arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-teacher, with every flag that is not at its default')
+arg('--resume', action='store_true', help='continue the run in --out where it was stopped')
+arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
+arg('--dry-run', action='store_true', help='say what would be done and how long it would take, and stop')
+
+first, _ = parser.parse_known_args()
+parser.set_defaults(**data.defaults(first.dataset, first.data_dir, teacher=True))
 args = parser.parse_args()
 
 # -----------------------------------------------------------------------------
-# device, precision, data, model, output: everything that can be wrong with the input is
-# wrong here, before any work
-rank, world, device = training.ranks()
-try:
-    training.check(args, world)
-    dtype = training.precision(args.amp, device)
-    with torch.device('meta'):
-        models.build(args.model, 10, width=args.width)
-    args.out = args.out or f'runs/{data.task(args)}-teacher'
-    lock = new_run(args.out, args.resume, args.epochs) if rank == 0 else None
-    if training.anywhere(rank == 0 and lock is None)[0]:
-        sys.exit()                                      # there is nothing left to do
-    d = data.load(args.dataset, args.data_dir, subset=args.subset, device=device)
-    training.check(args, world, len(d.y_train))
-    mean, std = d.statistics() if args.normalize else (None, None)
-    torch.manual_seed(args.seed)
-    model = models.build(args.model, d.classes, width=args.width, mean=mean, std=std,
-                         activation=args.activation)
-except (Refused, ValueError) as e:
-    parser.error(e)
-model = model.to(device, memory_format=models.layout(device))
+# device, data, model. Wrong input is refused here, before any work: one line, no traceback
+rank, world, device = ddp.init()
+shape = dict(width=args.width, activation=args.activation)
+refusals.optimisation(args, world)
+refusals.model(args.model, **shape)
+args.out = args.out or runs.teacher_folder(args, parser.get_default)
+run = runs.Run(args)
+
+dtype = models.autocast_dtype(args.amp, device)                 # None: fp32, and then without TF32 either
+torch.backends.cudnn.benchmark = True
+torch.backends.cudnn.allow_tf32 = dtype is not None
+torch.set_float32_matmul_precision('high' if dtype else 'highest')
+
+d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed, augment=args.augment,
+              device=device)
+notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
+if args.normalize:
+    shape['mean'], shape['std'] = d.statistics()
+torch.manual_seed(args.seed)
+model = checkpoint.build(args.model, d, **shape).to(device, memory_format=models.layout(device))
 if args.sync_bn:
-    training.sync_bn(model)
-fast = torch.compile(model, dynamic=False) if args.compile else model      # the speed block
+    ddp.sync_bn(model)
+net = torch.compile(model, dynamic=False) if args.compile else model       # checkpoints hold `model`, never `net`
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
 steps_per_epoch = max(1, len(d.y_train) // args.batch_size)
 total_steps = args.epochs * steps_per_epoch
-optimizer, scheduler = training.optimizer_and_schedule(model.parameters(), args, total_steps)
+optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.nesterov,
+                            weight_decay=args.weight_decay)
+if args.schedule == 'step':
+    drops = [round(m * total_steps) for m in args.milestones]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+else:                                               # OneCycleLR divides by zero for four or fewer steps
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps),
+                                                    pct_start=0.25, cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-generator = torch.Generator(device).manual_seed(args.seed)
-now = SimpleNamespace(epoch=1, batch=0, best=-1.0, seconds=0.0, losses=[], order=generator.get_state())
-parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
 
 def logits_of(x):
     """fp32 logits of fp32 images; only the network itself runs in reduced precision."""
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        return fast(x).float()
+        return net(x).float()
+
+def update(x, y):
+    """One step of the optimiser, in --accumulate parts. -> the loss, on the device."""
+    total = 0.0
+    for part in range(args.accumulate):
+        x_part, y_part = x[part::args.accumulate], y[part::args.accumulate]
+        loss = F.cross_entropy(logits_of(x_part), y_part) / args.accumulate
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    ddp.average([p.grad for p in model.parameters()])
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    scheduler.step()
+    return total
 
 @torch.no_grad()
 def validate():
     """Accuracy in percent and mean CE on the held-out training images; eager, without autocast."""
     model.eval()
-    hits = torch.zeros(2, device=device)
+    correct = torch.zeros(2, device=device)
     for x, y in data.batches(d.x_val[rank::world], d.y_val[rank::world], data.at_once(500, d.x_val)):
         logits = model(x)
-        hits += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction='sum')])
-    training.average([hits])
-    clean, loss = (world * hits / len(d.y_val)).tolist()
+        correct[0] += (logits.argmax(1) == y).sum()
+        correct[1] += F.cross_entropy(logits, y, reduction='sum')
+    ddp.average([correct])
+    clean, loss = (world * correct / len(d.y_val)).tolist()
     return 100 * clean, loss
 
 # -----------------------------------------------------------------------------
-# the configuration, then the table
-config = dict(vars(args), augment=d.augment, classes=d.classes, train_images=len(d.y_train),
-              val_images=len(d.y_val), precision=str(dtype or torch.float32), processes=world,
-              **environment(device))
-run = dict(vars(args), device=device.type, precision=str(dtype))
-if args.resume:
-    try:
-        training.load_state(args.out, run, now, parts)
-    except (Refused, ValueError) as e:
-        parser.error(e)
-rule = f'clean accuracy on {len(d.y_val)} held-out training images'
-with training.guarded(args, now) as stop:
-    if rank == 0:
-        table = Table(args.out, config, first=now.epoch, epoch='d', lr='.4f', loss='.4f', val_clean='.2f',
-                      img_per_s='.0f', peak_gib='.2f', min_left='.1f')
-    if now.epoch > 1 or now.batch:
-        print(f'continuing in epoch {now.epoch}, after batch {now.batch}', flush=True)
-    while now.epoch <= args.epochs:
+# the run
+epoch, batch, best, step_losses = 1, 0, -1.0, []
+
+def state():
+    """All that the next step depends on, beside the flags."""
+    return dict(epoch=epoch, batch=batch, best=best, step_losses=[loss.item() for loss in step_losses], model=model,
+                optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+
+def training_batches():
+    """x, y of the rest of this epoch, this process's share of each batch."""
+    return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world))
+
+config = dict(vars(args), loss='standard', augment=d.augment, data=data.fingerprint(d), classes=d.classes,
+              train_images=len(d.y_train), val_images=len(d.y_val), precision=str(dtype or torch.float32),
+              device_type=device.type, processes=world, **runs.environment(device))
+runs.summary(config, 'standard training: cross-entropy to the label, no attack', model, notes)
+with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one line, and what was saved holds
+    saved = run.begin(config, state)
+    if saved:
+        epoch, batch, best = saved['epoch'], saved['batch'], saved['best']
+        step_losses = [torch.tensor(loss, device=device) for loss in saved['step_losses']]
+        files.say(f'continuing in epoch {epoch}, after batch {batch}')
+    if args.dry_run:
         model.train()
-        begun, images = time.perf_counter(), 0
-        generator.set_state(now.order)              # of the whole epoch, also of one that was interrupted
-        for x, y in tqdm(data.batches(d.x_train, d.y_train, args.batch_size, d.augment, generator,
-                                      first=now.batch, share=slice(rank, None, world)),
-                         total=steps_per_epoch, initial=now.batch, leave=False,
-                         disable=None if rank == 0 else True):
-            total = 0.0
-            for k in range(args.accumulate):
-                x_part, y_part = x[k::args.accumulate], y[k::args.accumulate]
-                loss = F.cross_entropy(logits_of(x_part), y_part) / args.accumulate
-                scaler.scale(loss).backward()
-                total += loss.detach()
-            training.average([p.grad for p in model.parameters()])
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            scheduler.step()
-            now.losses.append(total)                # no .item(): it would wait for the GPU in every step
-            now.batch, images = now.batch + 1, images + world * len(x)
-            begun += training.pause(args, run, now, parts, stop, begun)
-        losses = torch.tensor([loss.item() for loss in now.losses])         # one wait per epoch
-        now.seconds += time.perf_counter() - begun
-        img_per_s = images / (time.perf_counter() - begun)
-        training.average([losses])                  # of several processes: one mean loss,
-        training.average(model.buffers())           # and one set of BN statistics
+        run.estimate(update, training_batches(), validate, steps=total_steps, validations=args.epochs)
+
+    while epoch <= args.epochs:
+        model.train()
+        t0, images = time.perf_counter(), 0
+        for x, y in run.progress(training_batches(), f'epoch {epoch}', total=steps_per_epoch, initial=batch):
+            step_losses.append(update(x, y))        # no .item() here: it would wait for the GPU
+            batch += 1
+            images += world * len(x)
+            run.save_if_due(state)
+        losses = torch.stack(step_losses)
+        img_per_s = images / (time.perf_counter() - t0)
+
+        ddp.average([losses, *model.buffers()])     # of several processes: one mean loss, one set of BN statistics
         clean, val_loss = validate()
-        check_finite(losses, val_loss, now.epoch)
-        if rank == 0:
-            table.row(epoch=now.epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(),
-                      val_clean=clean, img_per_s=img_per_s, peak_gib=training.peak_gib(device),
-                      min_left=now.seconds / now.epoch * (args.epochs - now.epoch) / 60)
-            meta = dict(loss='standard', dataset=args.dataset, epoch=now.epoch, val_clean=clean, run=config)
-            if clean >= now.best:                   # held-out training images: the test set takes no part
-                save_checkpoint(f'{args.out}/best.pt', model, selected_by=rule, **meta)
-            save_checkpoint(f'{args.out}/last.pt', model, selected_by='last epoch', **meta)
-        now.epoch, now.batch, now.losses, now.order = now.epoch + 1, 0, [], generator.get_state()
-        now.best = max(now.best, clean)
-        if now.epoch <= args.epochs:
-            training.save_state(args.out, run, now, parts)
-    if rank == 0:
-        table.curves('val_clean')
-        training.finished(args.out)
-print(f'done in {now.seconds / 60:.1f} min. Next: python evaluate.py {args.out}/best.pt')
+        runs.check_finite(losses, val_loss, epoch)
+        run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
+                img_per_s=img_per_s, peak_gib=runs.peak_gib(device))
+        known = dict(loss='standard', dataset=args.dataset, epoch=epoch, val_clean=clean)
+        if clean >= best:                           # held-out training images: the test set takes no part
+            best = clean
+            run.save_model('best.pt', model, selected_by=f'clean accuracy on {len(d.y_val)} held-out training images',
+                           **known)
+        run.save_model('last.pt', model, selected_by='last epoch', **known)
+        epoch, batch, step_losses = epoch + 1, 0, []
+        if epoch <= args.epochs:
+            run.save_state(state)
+    run.finish()

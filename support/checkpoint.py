@@ -5,12 +5,15 @@ Checkpoints: what build() needs to make the network again, its weights, and what
     net, meta = load_checkpoint('other.pt', 'resnet18', 10)      # somebody else's: a bare state dict
     net, meta = load_checkpoint('other.pt', 'net.py:make', 10)   # of a network that make() in net.py returns
 """
-import hashlib, re, runpy
+import hashlib
+import math
+import re
+import runpy
 
 import torch
 
-from support.files import Refused, save
-from models import build
+from support.files import Refused, save, say
+import models
 
 def fingerprint(net):
     """sha256 of weights, normalisation and activation, 16 hex digits: the same function, the same
@@ -97,7 +100,7 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
         config = dict(name=name, num_classes=num_classes, **options)
     elif num_classes not in (None, config['num_classes']):
         raise Refused(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
-    net = from_file(name, num_classes) if '.py:' in config['name'] else build(**config)
+    net = from_file(name or config['name'], num_classes) if '.py:' in config['name'] else models.build(**config)
     expected = net.state_dict()
     wrong = ([f'no {k}' for k in expected if k not in weights]
              + [f'unknown {k}' for k in weights if k not in expected])
@@ -108,3 +111,40 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
                          f'{len(wrong)} entries differ, the first: {wrong[0]}')
     net.load_state_dict(weights)
     return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if is_ours(ckpt) else {}
+
+def build(name, d, **shape):
+    """A new network for the data d: models.build's name, or FILE.py:FUNCTION. Raises Refused."""
+    if '.py:' in name:
+        return from_file(name, d.classes)
+    try:
+        return models.build(name, d.classes, **shape)
+    except ValueError as e:
+        raise Refused(f'--model: {e}') from e
+
+def load_teacher(path, args, d, device):
+    """-> the frozen network in path, on the device, and what the student's checkpoint says of it. Raises Refused."""
+    net, meta = load_checkpoint(path, args.teacher_model or args.model, d.classes)
+    if meta.get('dataset', args.dataset) != args.dataset:
+        raise Refused(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
+    for m in net.modules():                                     # of its two, the BN it was validated with
+        if isinstance(m, models.DualBatchNorm2d):
+            m.auxiliary = meta.get('run', {}).get('eval_branch') == 'aux'
+    net = net.to(device, memory_format=models.layout(device)).requires_grad_(False)
+    return net, dict(path=path, fingerprint=fingerprint(net), trained_with=meta.get('loss'),
+                     stored_clean=meta.get('val_clean'))
+
+def check_teacher(about, clean, robust, loss, n):
+    """After its validation on n held-out images: completes about, prints a line, and refuses a teacher that gives no
+    numbers, or is so far below the accuracy stored in it that chance does not explain it (four standard deviations):
+    then labels, order of classes or normalisation are others than in its training."""
+    path, stored = about['path'], about['stored_clean']
+    if not math.isfinite(loss):
+        raise Refused(f'the teacher {path} gives non-finite logits on {n} held-out images: train another')
+    about.update(val_clean=clean, val_pgd20=robust, val_n=n)
+    say(f'teacher {path} ({about["fingerprint"]}): {clean:.1f} % clean, {robust:.1f} % under PGD-20 on {n} held-out '
+        'images')
+    if stored is not None:
+        p = min(max(stored / 100, 0.02), 0.98)
+        if clean < stored - 400 * math.sqrt(p * (1 - p) / n):
+            raise Refused(f'the teacher {path} has {clean:.1f} % on {n} held-out images and had {stored:.1f} % in its own '
+                          'training: other labels, another order of classes or another normalisation?')

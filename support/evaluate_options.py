@@ -4,7 +4,8 @@ together.
 """
 import re
 
-import attacks, data, models
+import data, models
+from support import refusals
 from support.autoattack import PARTS
 from support.checkpoint import is_ours
 from support.files import Refused
@@ -12,8 +13,12 @@ from support.files import Refused
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']
 
 def add_args(parser):
-    data.add_args(parser, training=False); attacks.add_args(parser)
-    parser.set_defaults(dataset=None, data_dir=None, norm=None)         # ours say it themselves
+    g = parser.add_argument_group('data and attack, in pixels (0..255); a checkpoint of ours says it itself')
+    g.add_argument('--dataset', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
+    g.add_argument('--data-dir', metavar='DIR')
+    g.add_argument('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of --norm L2 128, the usual 0.5)")
+    g.add_argument('--step-size', type=float, help='default: eps / 4')
+    g.add_argument('--norm', choices=['Linf', 'L2'])
     g = parser.add_argument_group("somebody else's weights")
     g.add_argument('--model', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
     g.add_argument('--width', type=int, help="channels of the first layer (default: the paper's)")
@@ -86,10 +91,12 @@ def resolve(args, ckpt):
     args.norm = args.norm or trained
     if args.eps is None and args.norm == trained:       # 8 of Linf would be nothing in L2
         args.eps = run.get('eps')
-    attacks.resolve_args(args, data.row(args.dataset, args.data_dir)['eps'])
+    if args.eps is None:
+        args.eps = 128.0 if args.norm == 'L2' else data.row(args.dataset, args.data_dir)['eps']
+    refusals.attack(args)
     for value in args.sweep_eps:
-        if value and not 1 <= value <= 255:
-            raise Refused(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255')
+        if value and (value < 1 or args.norm == 'Linf' and value > 255):
+            raise Refused(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255 (L2: 255 times the usual radius)')
     if args.norm == 'L2' and {'weak', 'strong'} & set(args.attacks):
         raise Refused('weak and strong are Linf attacks')
     if args.fast and (args.individual or set(PARTS) & set(args.attacks)):

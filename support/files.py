@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import secrets
+import sys
 
 import torch
 
@@ -35,3 +36,20 @@ def save(path, content):
             torch.save(content, tmp)
         except RuntimeError as e:           # torch.save's word for a full disk
             raise OSError(errno.EIO, str(e)) from e
+
+# -----------------------------------------------------------------------------
+# the screen
+
+def plain_output():
+    """A path that the terminal's encoding does not know is written with escapes instead of ending the script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):          # a notebook's or pytest's may not have it
+            stream.reconfigure(errors='backslashreplace')
+
+def say(*lines):
+    """print, line by line, whatever becomes of the reader: `| head` must not end a training."""
+    try:
+        for line in lines:
+            print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ import attacks, data
 from support import checkpoint
 from tools.figures import load_network
 from support.imagenet import in_memory
-from models import branch
+from models import bn_branch
 from test_smoke import run
 
 def test_image_by_image(tmp_path):
@@ -44,7 +44,7 @@ def by_one_call(report, folder):
     x, y = data.to_float(in_memory(d.x_test[:n], torch.device('cpu'))), d.y_test[:n]
     aa = AutoAttack(model, norm=report['norm'], eps=report['eps'], seed=args['seed'], version='standard')
     begun = time.perf_counter()
-    with branch(model, args.get('branch')):
+    with bn_branch(model, args.get('branch')):
         x_adv, _ = aa.run_standard_evaluation(x, y, batch_size=args['batch_size'])
         seconds = time.perf_counter() - begun
         with torch.no_grad():

@@ -120,7 +120,7 @@ def test_torchvisions_networks_take_what_the_others_take():
     torch.testing.assert_close(other(x), plain((x - mean) / std))
     silu = models.build('torchvision-resnet18', 10, activation='silu', dual_bn=True)
     assert not any(type(m) is torch.nn.ReLU for m in silu.modules())
-    with models.branch(silu, 'aux'):
+    with models.bn_branch(silu, 'aux'):
         silu(x)
     assert silu.bn1.num_batches_tracked == 0 and silu.bn1.aux.num_batches_tracked == 1
 

@@ -108,7 +108,7 @@ def test_dual_bn_keeps_the_two_apart(tmp_path):
     losses_on_both = script['loss_on'](x, x_adv, Y)
     assert torch.allclose(bn.running_mean, moved(main, first_bn(script, x)), atol=1e-6)
     assert torch.allclose(bn.aux.running_mean, moved(aux, first_bn(script, x_adv)), atol=1e-6)
-    with models.branch(script['student'], 'main'):
+    with models.bn_branch(script['student'], 'main'):
         script['student'].zero_grad()
         F.cross_entropy(script['student'](x), Y).backward()
         assert bn.weight.grad.abs().sum() > 0 and bn.aux.weight.grad is None
@@ -129,7 +129,7 @@ def test_both_branches_can_be_evaluated(tmp_path):
     x = data.to_float(data.load('synthetic').x_test[:64])
     logits = {}
     for b, script in reports.items():
-        with torch.no_grad(), models.branch(net, b):
+        with torch.no_grad(), models.bn_branch(net, b):
             logits[b] = net(x)
         y = data.load('synthetic').y_test[:64]
         assert script['results']['clean']['correct'] == (logits[b].argmax(1) == y).sum()

@@ -323,7 +323,7 @@ def draw(report, checkpoint=None, out=None, *, data_dir=None, n=200, per_class=3
         for name, (net, branch) in nets.items():
             net.to(device)
             torch.manual_seed(0)
-            with attack_mode(net), models.branch(net, branch):
+            with attack_mode(net), models.bn_branch(net, branch):
                 counts[name] = eps_curve(net, first, d.y_test[:n], radii, norm)
                 _, logits = under_pgd(net, x, y, 0)
                 x_adv, logits_adv = under_pgd(net, x, y, eps, norm)

@@ -1,0 +1,182 @@
+"""
+What cannot be trained or attacked is refused before any work: one line that says what to do.
+"""
+import math
+import sys
+
+import torch
+
+import models
+from losses import METHODS, Softened, inputs, needs, smooth
+from support.files import Refused
+
+def refuse(message):
+    raise Refused(message)
+
+def one_line(parser):
+    """From here on a Refused ends the script with its line and status 2, and Ctrl-C with a line; anything else is a
+    fault of ours and keeps its traceback. argparse's own errors lose the usage in front of them."""
+    def error(message):
+        print(f'{parser.prog}: error: {message}', file=sys.stderr)
+        sys.exit(2)
+    def hook(kind, problem, trace):
+        if issubclass(kind, Refused):
+            error(problem)
+        if issubclass(kind, KeyboardInterrupt):
+            print(f'\n{parser.prog}: stopped before any work was done', file=sys.stderr)
+            sys.exit(130)
+        sys.__excepthook__(kind, problem, trace)
+    parser.error = error
+    sys.excepthook = hook
+
+def numbers(args, low, high, *flags):
+    """Refuses the flags that are not numbers from low to high; those that are None are left alone."""
+    for flag in flags:
+        value = getattr(args, flag)
+        if value is not None and not low <= value <= high:          # NaN is not, either
+            upto = '' if high == math.inf else f' and at most {high:g}'
+            refuse(f'--{flag.replace("_", "-")} {value}: a number, at least {low:g}{upto}')
+
+def seed(args):
+    if args.seed is not None and not 0 <= args.seed < 2 ** 63:
+        refuse(f'--seed {args.seed}: from 0 to 2^63 - 1')
+
+def model(name, **shape):
+    """Refuses what models.build cannot build; somebody else's FILE.py:FUNCTION is looked at when it is loaded."""
+    if '.py:' in name:
+        if any(shape.get(k) for k in ('width', 'mean', 'dual_bn')) or shape.get('activation', 'relu') != 'relu':
+            refuse(f'--model {name} makes the whole network: leave out --width, --normalize, --activation, --dual-bn')
+        return
+    try:
+        with torch.device('meta'):
+            models.build(name, 10, **shape)
+    except ValueError as e:
+        refuse(f'--model: {e}')
+
+# -----------------------------------------------------------------------------
+# the attack. On the command line it is in pixels (0..255)
+
+def attack(args):
+    """Fills in --step-size, and refuses the classic slips. args.eps is set. L2 radii are in pixels, too: 128 is the
+    0.5 of the CIFAR literature, 765 the 3.0 of ImageNet's."""
+    eps, pixels = args.eps, 'pixels, 0 to 255' if args.norm == 'Linf' else 'pixels, 255 times the usual radius'
+    if args.step_size is None:
+        args.step_size = eps / 4
+    if not 0 < eps < math.inf:
+        refuse(f'--eps {eps:g}: the radius is a positive number of {pixels}')
+    if args.norm == 'L2':
+        if eps < 10:                    # 0.5, 1.0, 3.0: a radius in units of [0, 1]
+            refuse(f'--norm L2 --eps {eps:g}: the radius is in {pixels}; for {eps:g} write --eps {255 * eps:g}')
+    elif eps < 1:                       # 0.03, 0.3: a fraction of the range; 0.031: somebody's 8/255
+        hint = '0.031 is 7.9/255, not 8/255' if 0.031 <= eps < 0.0315 else f'{eps:g} of the range is {eps * 255:g}'
+        refuse(f'--eps {eps:g}: eps is in {pixels}; {hint}; for 8/255 write --eps 8')
+    elif eps > 255:
+        refuse(f'--eps {eps:g}: {pixels}')
+    # 0.007, 0.003: a fraction again, and an attack that stands still
+    if not eps / 100 <= args.step_size <= max(255, eps):
+        refuse(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; 2/255 is 2, 0.007 is 1.8')
+
+# -----------------------------------------------------------------------------
+# training
+
+def optimisation(args, world=1):
+    """What both training scripts share."""
+    numbers(args, 0, 1e9, 'lr', 'weight_decay', 'save_minutes')
+    numbers(args, 1, 1e9, 'epochs', 'accumulate', 'width', 'subset')
+    numbers(args, 2, 1e9, 'batch_size')
+    seed(args)
+    if not all(0 < m < 1 for m in args.milestones):
+        refuse('--milestones: shares of the training, from 0 to 1')
+    if args.compile and not torch.cuda.is_available() and (args.width or 64) < 8:
+        refuse(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
+    parts = world * args.accumulate
+    if args.batch_size % parts or args.batch_size < 2 * parts:
+        refuse(f'--batch-size {args.batch_size} in {world} processes times {args.accumulate} parts: a multiple of '
+               f'{parts}, and at least two images in each')
+
+def images(args, n, world=1):
+    """n: how many training images there are. Returns a note for the screen, or None."""
+    if n < 2:
+        refuse(f'there are {n} training images: a batch needs two')
+    if n < args.batch_size:
+        if world * args.accumulate > 1:
+            refuse(f'--batch-size {args.batch_size}: there are {n} training images to share')
+        return f'note: --batch-size {args.batch_size}, and {n} training images: every batch is all of them'
+    return None
+
+def takes_soft_targets(method, hp):
+    """Does --targets change anything in method.loss, that is: has it a cross-entropy to the label?"""
+    if 'y' not in needs(method.loss):
+        return False
+    g = torch.Generator().manual_seed(0)
+    values = {name: torch.randn(4, 10, generator=g) for name in needs(method.loss)}
+    values.update({'progress': 1.0} if 'progress' in values else {})
+    y = torch.randint(10, (4,), generator=g)
+    hard = method.loss(**dict(values, y=y), **hp)
+    soft = method.loss(**dict(values, y=Softened(y, smooth)), **hp)
+    return not torch.equal(hard, soft)
+
+def training(args, method, hp):
+    """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss."""
+    loss, asked = args.loss, inputs(method)
+    wants_teacher = any(name.startswith('t_') for name in asked)
+    labels_extra = bool(args.extra) and 'y' in asked                # by the teacher
+    both = {'logits', 'logits_adv'} <= set(needs(method.loss))
+
+    numbers(args, 0, 1e9, 'awp', 'free', *hp)
+    numbers(args, 1, 1e9, 'steps', 'guide_width')
+    numbers(args, 1e-3, 1e9, *[k for k in ('tau', 'T') if k in hp])
+    numbers(args, 0, 1, 'eps_ramp', 'awp_warmup', 'ema', 'swa', 'smoothing', 'extra_fraction', *method.shares)
+    if sum(hp[k] for k in method.shares) > 1:
+        refuse(f'--loss {loss}: {" and ".join(method.shares)} are shares, at most 1 together')
+
+    # teachers
+    if args.teacher and not wants_teacher and not labels_extra:
+        refuse(f'--loss {loss} takes no --teacher')
+    if args.standard_teacher and 's_logits_adv' not in asked:
+        refuse(f'--loss {loss} takes no --standard-teacher')
+    if method.teacher == 'robust' and not args.teacher:
+        refuse(f'--loss {loss} learns from a robust teacher: pass --teacher, '
+               'for instance the best.pt of a --loss trades run')
+    if args.inner and wants_teacher and not method.teacher and not args.teacher:
+        refuse(f'--inner {args.inner} needs a --teacher')
+    if args.warm_start == 'teacher' and not (wants_teacher or labels_extra):
+        refuse(f'--warm-start teacher: --loss {loss} has none, name a file')
+    if (args.guide_model or args.guide_width) and 'guide_logits' not in asked:
+        refuse(f'--loss {loss} trains no guide: leave out --guide-model and --guide-width')
+
+    # attack
+    if METHODS[loss].inner is None and (args.inner or args.free):
+        refuse(f'--loss {loss} attacks nothing')
+    if args.inner and args.free:
+        refuse('--free has no attack for --inner to change')
+    if args.free and (args.norm != 'Linf' or args.accumulate > 1):
+        refuse('--free steps in Linf, and on whole batches')
+
+    # labels and images without them
+    if args.targets and not takes_soft_targets(method, hp):
+        refuse(f'--targets: --loss {loss} takes no cross-entropy to a label')
+    n_extra = round(args.extra_fraction * args.batch_size)
+    if args.extra and not 0 < n_extra < args.batch_size:
+        refuse(f'--extra-fraction {args.extra_fraction}: {n_extra} of {args.batch_size} images without a label, '
+               'and a batch needs both kinds')
+
+    # recipes, averages, normalisation
+    if args.recipe == 'paper' and METHODS[loss].recipe is None:
+        refuse(f'--recipe paper: none is recorded for {loss}; leave it out and set flags')
+    if args.recipe == 'paper' and args.dataset == 'imagenet':
+        refuse("--recipe paper: those recorded are for CIFAR; --dataset imagenet brings LTD's for ImageNet")
+    if args.ema and args.swa:
+        refuse('--ema and --swa: one average of the weights at a time')
+    if args.swa == 1:
+        refuse('--swa 1: no epoch is left to average')
+    if args.swa and args.dual_bn:
+        refuse("--swa would need the auxiliary BN's statistics again: use --ema")
+    if args.sync_bn and args.dual_bn:
+        refuse('--sync-bn: not with --dual-bn')
+    if not args.dual_bn and (args.craft_branch, args.eval_branch) != ('aux', 'main'):
+        refuse('--craft-branch and --eval-branch are of --dual-bn')
+    if (args.bn_order != 'nat-adv' or args.dual_bn) and not both:
+        refuse(f'--bn-order and --dual-bn: --loss {loss} does not put both x and x_adv through the student')
+    if args.dual_bn and args.bn_order in ('nat', 'adv'):
+        refuse(f'--bn-order {args.bn_order} would leave one BN of --dual-bn without statistics')
