@@ -320,16 +320,13 @@ def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None,
     was stopped. first: batches to pass over; share: of each batch, what this process takes.
     """
     device = d.y_train.device
-    generator = torch.Generator(device).manual_seed(seed)
-    for _ in range(epoch - 1):                      # as one generator that goes on from epoch to epoch
-        for _ in batches(d.x_train, d.y_train, batch_size - n_extra, d.augment, generator, first=10 ** 9):
-            pass
+    generator = torch.Generator(device).manual_seed((seed + 1_000_003 * epoch) % 2 ** 63)
     labelled = batches(d.x_train, d.y_train, batch_size - n_extra, d.augment, generator, first=first, share=share)
     if extra is None:
         yield from labelled
         return
     steps = max(1, len(d.y_train) // batch_size)
-    own = torch.Generator(device).manual_seed(seed + 1_000_003 * epoch)
+    own = torch.Generator(device).manual_seed((seed + 1_000_003 * epoch + 500_000) % 2 ** 63)
     unlabelled = image_batches(extra, n_extra, d.augment, own, seed, first=(epoch - 1) * steps * n_extra)
     for _ in range(first):
         next(unlabelled)

@@ -301,6 +301,8 @@ def awp(x, x_adv, y):
 def update(x, y):
     """One step of the optimiser, in --accumulate parts. -> the loss, on the device: .item() would wait for a GPU."""
     global delta
+    if args.free and len(delta) == 0:
+        delta = torch.zeros_like(x)
     total = 0.0
     for part in range(args.accumulate):
         x_part, y_part = x[part::args.accumulate], y[part::args.accumulate]
@@ -311,6 +313,7 @@ def update(x, y):
         total += loss.detach()
     if args.free:                       # Shafahi et al. 2019: the step is eps
         delta = (delta + args.eps / 255 * x_adv.grad.nan_to_num(0.0).sign()).clamp(-args.eps / 255, args.eps / 255)
+        delta = (x + delta).clamp(0, 1) - x             # as in Wong et al.'s code of it
     ddp.average([p.grad for p in parameters])
     scaler.step(optimizer)
     scaler.update()
@@ -406,8 +409,6 @@ with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one
         student.train()
         t0, images = time.perf_counter(), 0
         for x, y in run.progress(training_batches(), f'epoch {epoch}', total=steps_per_epoch, initial=batch):
-            if args.free and len(delta) == 0:
-                delta = torch.zeros_like(x)
             for _ in range(max(1, args.free)):
                 step_losses.append(update(x, y))
                 step += 1
@@ -429,7 +430,7 @@ with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one
         if args.swa and epoch > args.swa * args.epochs:
             averages += 1
             move_average(1 / averages)
-            update_bn(data.batches(d.x_train, d.y_train, args.batch_size, d.augment, torch.Generator(device).manual_seed(epoch)), averaged)       # of its own activations, on x
+            update_bn(data.epoch(d, args.batch_size, args.seed, epoch), averaged)     # of its own activations, on x
         model = averaged if args.ema or averages else student                   # what is judged and kept
         clean, robust, val_loss = validate(model, branch=args.eval_branch)
         runs.check_finite(losses, val_loss, epoch)

@@ -2,12 +2,13 @@
 import json, pathlib, random, signal, subprocess, sys, time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from support import checkpoint, training
+import data
+from support import files, runs
 from support.files import Refused
-from support.log import new_run
 
 HERE = pathlib.Path(__file__).parent.parent
 ADV = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '4',
@@ -85,7 +86,7 @@ def test_stopped_after_the_last_batch_of_an_epoch(tmp_path):
     begun(tmp_path / 'b', process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert torch.load(tmp_path / 'b/state.pt', weights_only=True)['now'][0]['batch'] == 1
+    assert torch.load(tmp_path / 'b/state.pt', weights_only=True)['ranks'][0]['values']['batch'] == 1
     subprocess.run([*command, str(tmp_path / 'b'), '--resume'], check=True, stdout=subprocess.DEVNULL)
     same(finished(tmp_path / 'a'), finished(tmp_path / 'b'))
 
@@ -158,26 +159,109 @@ def test_common_statistics_in_reduced_precision_and_for_an_average(tmp_path):
                    stderr=subprocess.DEVNULL)
     assert len(finished(tmp_path)[1]) == 2
 
+def arguments(folder, **flags):
+    return SimpleNamespace(**dict(dict(out=str(folder), resume=True, dry_run=False, save_minutes=0, epochs=2,
+                                       batch_size=2, accumulate=1), **flags))
+
 def test_half_a_run_without_a_state_is_not_finished(tmp_path):
-    rows = [dict(epochs=2), dict(epoch=1)]
-    checkpoint.save(tmp_path / 'last.pt', {})
-    for complete in (False, True):
-        lines = [json.dumps(row) + '\n' for row in rows + rows[1:] * complete]
-        (tmp_path / 'log.jsonl').write_text(''.join(lines))
-        assert (new_run(tmp_path, resume=True, epochs=2) is None) == complete
-    with pytest.raises(Refused, match='a finished run of 2 epochs, not 3'):
-        new_run(tmp_path, resume=True, epochs=3)
+    net = torch.nn.Linear(2, 2)
+    for epoch in (1, 2):
+        files.save(tmp_path / 'last.pt', dict(state_dict=net.state_dict(), epoch=epoch, run=dict(epochs=2)))
+        run = runs.Run(arguments(tmp_path))
+        run.config = dict(epochs=2)
+        assert run._is_finished() == (epoch == 2)
+    run.config = dict(epochs=3)
+    with pytest.raises(Refused, match='holds a finished run with epochs 2, not 3'):
+        run._is_finished()
+
+def test_a_sweep_with_resume_trains_every_radius_or_is_refused(tmp_path):
+    """What a finished run was trained with is compared: a loop over --eps in one folder is no sweep."""
+    command = [*ADV, str(tmp_path), '--loss', 'pgd_at', '--epochs', '1', '--resume']
+    subprocess.run([*command, '--eps', '4'], check=True, stdout=subprocess.DEVNULL)
+    again = subprocess.run([*command, '--eps', '4'], capture_output=True, text=True)
+    assert again.returncode == 0 and 'nothing to resume' in again.stdout
+    other = subprocess.run([*command, '--eps', '8'], capture_output=True, text=True)
+    assert other.returncode == 2 and 'holds a finished run with eps 4.0, not 8.0' in other.stderr
+    assert other.stderr.count('\n') == 1
+
+def test_other_training_data_are_refused(tmp_path):
+    x, y, u, v = data.synthetic()
+    np.savez(tmp_path / 'mine.npz', x_train=x, y_train=y, x_test=u, y_test=v)
+    command = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'mine', '--data-dir', str(tmp_path), '--width',
+               '4', '--batch-size', '32', '--loss', 'pgd_at', '--epochs', '3', '--steps', '1', '--save-minutes', '0',
+               '--out', str(tmp_path / 'out')]
+    process = started(command)
+    begun(tmp_path / 'out', process)
+    process.kill()
+    process.communicate()
+    for labels in (y[::-1].copy(), y % 5):
+        np.savez(tmp_path / 'mine.npz', x_train=x, y_train=labels, x_test=u, y_test=v % (labels.max() + 1))
+        done = subprocess.run([*command, '--resume'], capture_output=True, text=True)
+        assert done.returncode == 2 and 'was started with' in done.stderr and done.stderr.count('\n') == 1
 
 def test_a_state_that_is_no_number_does_not_replace_a_good_one(tmp_path):
-    now, net = SimpleNamespace(epoch=1, batch=3, losses=[torch.tensor(1.0)]), torch.nn.Linear(2, 2)
-    training.save_state(tmp_path, {}, now, dict(net=net))
+    run, net, losses = runs.Run(arguments(tmp_path)), torch.nn.Linear(2, 2), [1.0]
+    run.config = {}
+    def state():
+        return dict(epoch=1, step_losses=losses, net=net)
+    run.save_state(state)
     good = (tmp_path / 'state.pt').read_bytes()
-    now.losses.append(torch.tensor(float('nan')))
-    with pytest.raises(FloatingPointError, match='epoch 1'):
-        training.save_state(tmp_path, {}, now, dict(net=net))
-    now.losses = []
+    losses.append(float('nan'))
+    with pytest.raises(FloatingPointError, match='before the first epoch'):
+        run.save_state(state)
+    losses.clear()
     with torch.no_grad():
         net.weight.fill_(float('inf'))
     with pytest.raises(FloatingPointError):
-        training.save_state(tmp_path, {}, now, dict(net=net))
+        run.save_state(state)
     assert (tmp_path / 'state.pt').read_bytes() == good
+
+@pytest.mark.parametrize('damage, says', [
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), 'truncated'),
+    (lambda path: torch.save({'a': torch.zeros(2)}, path), 'no state of this script')])
+def test_a_damaged_state_is_named(damage, says, tmp_path):
+    command = [*ADV, str(tmp_path), '--loss', 'pgd_at']
+    process = started(command)
+    begun(tmp_path, process)
+    process.kill()
+    process.communicate()
+    damage(tmp_path / 'state.pt')
+    done = subprocess.run([*command, '--resume'], capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count('\n') == 1
+
+def test_a_torn_log_is_written_again_and_left_overs_are_removed(tmp_path):
+    command = [*ADV, str(tmp_path), '--loss', 'pgd_at']
+    process = started(command)
+    begun(tmp_path, process)
+    while len((tmp_path / 'log.jsonl').read_text().splitlines()) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    (tmp_path / 'log.jsonl').write_text('{"epoch": ')
+    (tmp_path / '.state.pt.1234.tmp').write_text('half')
+    subprocess.run([*command, '--resume'], check=True, stdout=subprocess.DEVNULL)
+    assert [row['epoch'] for row in finished(tmp_path)[1]] == [1, 2, 3]
+    assert not (tmp_path / '.state.pt.1234.tmp').exists()
+
+@pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGUSR1])
+def test_other_signals_save_too(number, tmp_path):
+    process = started([*ADV, str(tmp_path), '--loss', 'pgd_at'])
+    begun(tmp_path, process)
+    process.send_signal(number)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and 'Continue with: python' in err and (tmp_path / 'state.pt').exists()
+
+def test_a_closed_pipe_does_not_end_a_training(tmp_path):
+    command = ' '.join([*ADV, str(tmp_path), '--loss', 'pgd_at'])
+    done = subprocess.run(['bash', '-c', f'{command} | head -1; exit ${{PIPESTATUS[0]}}'], capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and 'Traceback' not in done.stderr and len(finished(tmp_path)[1]) == 3
+
+def test_a_thread_trains_without_signal_handlers(tmp_path):
+    code = ('import runpy, sys, threading\n'
+            f'sys.argv = {[str(a) for a in ADV[1:]] + [str(tmp_path), "--loss", "pgd_at"]}\n'
+            'sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])\n'
+            't = threading.Thread(target=lambda: runpy.run_path(sys.argv[0], run_name="__main__"))\n'
+            't.start(); t.join()\n')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'Traceback' not in done.stderr and len(finished(tmp_path)[1]) == 3
