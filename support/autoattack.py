@@ -18,7 +18,6 @@ import logging
 
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']
 FAST = PARTS[:2]                    # by these two nearly every image falls that falls at all
-COST = dict(zip(PARTS, (100, 800, 1500, 2100)))         # forward and backward passes per image, as timed
 
 def package():
     """(name, version) of the package that is used. Raises ImportError where there is none."""

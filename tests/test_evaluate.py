@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import data, models
-from support import report
+from support import evaluation
 from test_smoke import HERE, run
 
 NETS = '''
@@ -79,7 +79,7 @@ def whole(tmp):
 def test_every_row_is_there_and_means_what_it_says(whole):
     _, r, _ = whole
     right = {row: v['correct'] for row, v in r['results'].items()}
-    assert set(right) == {'clean', 'fgsm', 'pgd-5', 'cw-5', 'weak', 'strong', 'transfer', 'all of the above',
+    assert set(right) == {'clean', 'fgsm', 'pgd-5', 'cw-5', 'weak', 'strong', 'transfer', 'transfer-cw', 'all of the above',
                           'pgd-5 at eps 0', 'pgd-5 at eps 1', 'pgd-5 at eps 12', 'pgd-1', 'pgd-10'}
     assert right['pgd-5 at eps 0'] == right['clean'] > right['pgd-5'] > right['pgd-5 at eps 12']
     assert right['transfer'] == right['pgd-5']              # from itself
@@ -91,9 +91,9 @@ def test_every_row_is_there_and_means_what_it_says(whole):
         assert [sum(line) for line in v['confusion']] == torch.bincount(d.y_test[:N], minlength=10).tolist()
         assert sum(line[c] for c, line in enumerate(v['confusion'])) == v['correct'] == v['robust'].count('1')
         for c, line in enumerate(v['confusion']):
-            assert v['class_interval'][str(c)] == report.wilson(line[c], sum(line))
+            assert v['class_interval'][str(c)] == evaluation.wilson(line[c], sum(line))
             assert v['per_class'][str(c)] == pytest.approx(100 * line[c] / sum(line))
-    low, high = report.wilson(50, 100)
+    low, high = evaluation.wilson(50, 100)
     assert (low, high) == pytest.approx((40.4, 59.6), abs=0.05)
 
 def test_the_report_says_what_was_evaluated_and_what_was_looked_at(whole, tmp):
@@ -164,7 +164,7 @@ def test_data_that_cannot_be_evaluated(damage, says, tmp, tmp_path, capsys, monk
 
 @pytest.mark.parametrize('flags, says', [
     ('--sweep-eps 0.5', '0 or 1 to 255'), ('--sweep-steps 0', 'at least 1'),
-    ('--norm L2 --attacks weak', 'weak and strong are Linf attacks'),
+    ('--norm L2 --eps 128 --attacks weak', 'weak and strong are Linf attacks'),
     ('--fast --attacks apgd-ce', '--fast is for autoattack as a whole'),
     ('--fast --individual', '--fast is for autoattack as a whole'),
     ('--transfer-from /none.pt', 'cannot read /none.pt'), ('--verify /none.pt', 'cannot read /none.pt'),
@@ -203,7 +203,7 @@ def test_fast_is_confirmed_in_fp32_and_searched_again(tmp, tmp_path, monkeypatch
     exact = evaluate(*net(tmp), *FLAGS, '--n', 12, '--no-audit', '--attacks', 'aa-fast',
                      out=tmp_path / 'e.json')[1]
     monkeypatch.setattr(torch, 'compile', lambda model: model)
-    monkeypatch.setattr(models, 'amp_dtype', lambda amp, device: torch.bfloat16)        # emulated on a CPU
+    monkeypatch.setattr(models, 'autocast_dtype', lambda amp, device: torch.bfloat16)        # emulated on a CPU
     fast = evaluate(*net(tmp), *FLAGS, '--n', 12, '--no-audit', '--attacks', 'aa-fast', '--fast',
                     '--save-adv', tmp_path / 'adv.pt', out=tmp_path / 'f.json')[1]
     assert fast['search'].startswith('bfloat16, compiled; what is left') and 'bfloat16' not in exact['search']
@@ -238,7 +238,7 @@ def test_a_terminal_gets_a_bar_with_the_time_left_and_a_file_does_not(tmp, tmp_p
     assert not done.stderr and 'pgd-5' in done.stdout
 
 def test_figures_are_drawn_of_the_finished_report(tmp, tmp_path, monkeypatch):
-    figures, drawn = pytest.importorskip('figures'), []
+    figures, drawn = pytest.importorskip('tools.figures'), []
     monkeypatch.setattr(figures, 'draw', lambda report, checkpoint: drawn.append(
         (json.loads(open(report).read())['complete'], checkpoint)))
     evaluate(*net(tmp), *FLAGS, '--attacks', 'clean', '--figures', out=tmp_path / 'e.json')

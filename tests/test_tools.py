@@ -13,7 +13,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import attacks, data
 from support import checkpoint
-from support.report import wilson
+from support.evaluation import wilson
 
 def ours(net, x, y, settings):
     objective = lambda x_adv: F.cross_entropy(net(x_adv), y, reduction='none')

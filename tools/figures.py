@@ -24,7 +24,7 @@ from support.checkpoint import fingerprint, load_checkpoint
 from support.imagenet import in_memory
 from support.files import Refused, atomic
 
-from support.report import wilson
+from support.evaluation import wilson
 
 NAMES = {'cifar10': 'airplane automobile bird cat deer dog frog horse ship truck'.split()}  # others: numbers
 WIDTH = 6.5                                     # inches, a page's text: what is 8 pt here is 8 pt in print
