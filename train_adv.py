@@ -335,7 +335,7 @@ def validate(model, n=None, branch=None):
     autocast starves the attack on a confident network."""
     x_val, y_val = d.x_val[:n], d.y_val[:n]
     correct = torch.zeros(3, device=device)
-    batches = data.batches(x_val[rank::world], y_val[rank::world], data.at_once(500 if x_val.is_cuda else 50, x_val))
+    batches = data.batches(x_val[rank::world], y_val[rank::world], data.at_once(500 if device.type == 'cuda' else 50, x_val))
     with attack_mode(model), bn_branch(model, branch):
         for x, y in run.progress(batches, 'validation'):
             def cross_entropy(x_adv):

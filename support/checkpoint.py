@@ -7,12 +7,12 @@ Checkpoints: what build() needs to make the network again, its weights, and what
 """
 import hashlib
 import math
-import re
-import runpy
 
 import torch
 
+from support import foreign
 from support.files import Refused, save, say
+from support.foreign import from_file
 import models
 
 def fingerprint(net):
@@ -36,36 +36,29 @@ def read(path):
     Raises Refused for anything else, one line that says what it is."""
     try:
         with open(path, 'rb') as f:
-            head = f.read(64).lstrip()
+            head = f.read(64)
     except OSError as e:
         raise Refused(f'cannot read {path}: {e.strerror}') from e
-    if head.startswith(b'<'):
+    if head.lstrip().startswith(b'<'):
         raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
+    if str(path).endswith('.safetensors') or head[8:9] == b'{':        # a length of 8 bytes, then JSON
+        return foreign.safetensors(path)
+    foreign.refuse_damaged(path)
     try:
         return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:                  # zip, pickle, EOF, EINVAL: whatever a truncated or foreign file
-        if 'Unsupported' in str(e):         # provokes in torch.load
+        why = foreign.why_not_loaded(path)  # provokes in torch.load
+        if why:
+            raise Refused(f'{path} {why}') from e
+        if 'Unsupported' in str(e):
             raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
-                             'save its state dict alone') from e
+                          'save its state dict alone') from e
         raise Refused(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
 
 def is_ours(ckpt):
     """Written by save_checkpoint: it says what to build."""
     config = isinstance(ckpt, dict) and ckpt.get('config')
     return isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
-
-def from_file(spec, num_classes):
-    """The network that function() returns, spec being file.py:function. Raises Refused, one line."""
-    file, function = spec.rsplit(':', 1)
-    try:
-        net = runpy.run_path(file)[function]()
-    except Exception as e:                  # it is somebody else's code
-        raise Refused(f'--model {spec}: {type(e).__name__}: {e}'.splitlines()[0]) from e
-    if not isinstance(net, torch.nn.Module):
-        raise Refused(f'--model {spec} returns a {type(net).__name__}, not a torch.nn.Module')
-    net.config = dict(name=spec, num_classes=num_classes, width=None, mean=None, std=None, activation='relu',
-                      dual_bn=False)
-    return net
 
 def warm_start(student, path, name=None, num_classes=None, **options):
     """Load the weights of load_checkpoint(path, ...) into student; an auxiliary BN that they lack starts as
@@ -81,36 +74,52 @@ def warm_start(student, path, name=None, num_classes=None, **options):
     student.load_state_dict(weights)
 
 def load_checkpoint(path, name=None, num_classes=None, **options):
-    """-> (net in eval mode on the CPU, meta). One of ours needs the path alone. A foreign one is a state
-    dict, bare or under one of the usual keys, and needs build()'s arguments, or file.py:function in place of
-    the name; its meta is {}. Always strict. Raises Refused, one line."""
+    """-> (net in eval mode on the CPU, fp32, and meta). One of ours needs the path alone. A foreign one is a state dict,
+    bare or under one of the usual keys, and needs build()'s arguments, or file.py:function in place of the name; its
+    meta is {'weights': which were taken and what was done to their keys, in words}, printed if it is not obvious. Always
+    strict. Raises Refused, one line."""
     ckpt = read(path)
     if not isinstance(ckpt, dict):
         raise Refused(f'{path} holds a {type(ckpt).__name__}, not a state dict')
-    config = ckpt['config'] if is_ours(ckpt) else None
-    weights = next((ckpt[k] for k in ('state_dict', 'model_state_dict', 'model', 'net')
-                    if isinstance(ckpt.get(k), dict)), ckpt)
-    weights = {re.sub(r'^((module|_orig_mod)\.)+', '', str(k)): v for k, v in weights.items()
-               if 'sub_block1.' not in str(k)}        # the TRADES code builds this block and never calls it
-    if not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    ours = is_ours(ckpt)
+    place = (ckpt['state_dict'], 'state_dict', []) if ours and 'state_dict' in ckpt else foreign.found(ckpt)
+    if place is None:
         raise Refused(f'{path} is a PyTorch file but no state dict')
-    if config is None:
-        if name is None:
-            raise Refused(f'{path} holds weights only: name their architecture with --model (and --width)')
+    weights, key, others = place
+    if ours:
+        config = ckpt['config']
+        if num_classes not in (None, config['num_classes']):
+            raise Refused(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
+    elif name is None:
+        raise Refused(f'{path} holds weights only: name their architecture with --model (and --width)')
+    else:
         config = dict(name=name, num_classes=num_classes, **options)
-    elif num_classes not in (None, config['num_classes']):
-        raise Refused(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
-    net = from_file(name or config['name'], num_classes) if '.py:' in config['name'] else models.build(**config)
+    if '.py:' in config['name']:
+        if ours:
+            say(f'{path} is of a network of your own, made by {config["name"]}')
+        net = from_file(config['name'], config['num_classes'])
+    else:
+        net = models.build(**config)
     expected = net.state_dict()
-    wrong = ([f'no {k}' for k in expected if k not in weights]
-             + [f'unknown {k}' for k in weights if k not in expected])
-    wrong += [f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}' for k, v in expected.items()
-              if k in weights and weights[k].shape != v.shape]
+    weights, done = foreign.fitted(weights, expected)
+    wrong = foreign.differences(weights, expected)
     if wrong:
         raise Refused(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
-                         f'{len(wrong)} entries differ, the first: {wrong[0]}')
+                      f'{len(wrong)} entries differ, the first: {wrong[0]}'
+                      + (f' (found there: {next(iter(weights), "nothing")})' if wrong[0].startswith('no ') else ''))
     net.load_state_dict(weights)
-    return net.eval(), {k: v for k, v in ckpt.items() if k != 'state_dict'} if is_ours(ckpt) else {}
+    net.eval()
+    if ours:
+        return net, {k: v for k, v in ckpt.items() if k != 'state_dict'}
+    if others:
+        done = [f'the file also holds {" ".join(others)}', *done]
+    if config['name'] == 'preactresnet18':
+        done.append('taken for the network of Rice et al., whose shortcut projects the activated x; Wong et al. have '
+                    'the same keys and project x: --model preactresnet18-fast')
+    text = '; '.join([f'weights: {key or "the whole file"}', *done])
+    if done or 'ema' in key:
+        say(f'{path}: {text}')
+    return net, {'weights': text}
 
 def build(name, d, **shape):
     """A new network for the data d: models.build's name, or FILE.py:FUNCTION. Raises Refused."""

@@ -57,7 +57,7 @@ def test_kill_9_five_times(teacher, undisturbed, tmp_path):
     for attempt in range(5):
         process = started(command + ['--resume'] * (attempt > 0))
         begun(tmp_path, process)
-        time.sleep(draw.uniform(0, 4 if attempt == 0 else 12))
+        time.sleep(draw.uniform(0, 2))
         process.kill()
         process.communicate()
         kills += process.returncode == -signal.SIGKILL
@@ -144,7 +144,7 @@ def test_two_processes_stop_together_and_continue(tmp_path):
     process.communicate(timeout=120)
     done = subprocess.run([*ADV, str(tmp_path), '--loss', 'trades', '--resume'],
                           capture_output=True, text=True)
-    assert done.returncode == 2 and 'was started with 2 processes, not 1' in done.stderr
+    assert done.returncode == 2 and 'was started with processes 2, not 1' in done.stderr
     subprocess.run([*command, '--resume'], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path / 'undisturbed'), '--loss', 'trades'], check=True,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

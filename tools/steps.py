@@ -245,4 +245,4 @@ def from_device(batch_size, device):
     while True:
         order = torch.randperm(N, generator=generator, device=device)
         for i in order[:N // batch_size * batch_size].split(batch_size):
-            yield data.to_float(data.crop_flip(x[i], generator)), y[i]
+            yield data.to_float(data.augmented(x[i], 'crop+flip', generator)), y[i]
