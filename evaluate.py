@@ -358,7 +358,7 @@ def run_autoattack(parts, label):
         row(f'  {name} alone', torch.where(before[name], after[name], rest), time.perf_counter() - t1, moved)
 
 where = 'weights only, provenance unknown'
-if meta:
+if 'epoch' in meta:
     where = f'epoch {meta.get("epoch")}, selected by {meta.get("selected_by")}'
 branch = f'; {args.branch} BN' if model.config['dual_bn'] else ''
 files.say(f'{args.checkpoint} ({fingerprint(model)}): {model.config["name"]}, {where}',

@@ -140,8 +140,8 @@ refusals.training(args, method, hp)
 refusals.optimisation(args, world)
 refusals.model(args.model, dual_bn=args.dual_bn, **shape)
 if not args.out:
-    args.out = runs.name(args, parser.get_default, known=[
-        args.loss, *[f'{name}{value:.4g}' for name, value in hp.items() if value]])
+    tags = [args.loss, *[f'{name}{value:.4g}' for name, value in hp.items() if value]]
+    args.out = runs.name(args, parser.get_default, known=tags, but=hp)
 refusals.attack(args)
 run = runs.Run(args)
 

@@ -50,9 +50,10 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NOT_THE_RUN = {'out', 'data_dir', 'resume', 'save_minutes', 'dry_run', 'device', 'torch', 'torchvision', 'numpy',
                'python', 'autoattack', 'pyautoattack'}
 
-def name(args, defaults, known=()):
-    """runs/..., with every flag in it that is not at its default. known: text that stands in any case."""
-    shown = {'loss', 'dataset', 'model', 'width', 'subset', 'seed', *NOT_THE_RUN}
+def name(args, defaults, known=(), but=()):
+    """runs/..., with every flag in it that is not at its default. known: text that stands in any case;
+    but: flags that it covers."""
+    shown = {'loss', 'dataset', 'model', 'width', 'subset', 'seed', *but, *NOT_THE_RUN}
     tags = [args.dataset, os.path.basename(args.model).replace('.py:', '-')]
     if args.width:
         tags.append(f'w{args.width}')

@@ -87,7 +87,7 @@ def test_a_damaged_file_is_named_and_replaced_in_training_and_refused_in_evaluat
         next(data.batches(d.x_train, d.y_train, 8, True, torch.Generator()))
 
 def test_robustbenchs_5000_are_taken_in_their_order(tmp_path):
-    numbers = (HERE / 'imagenet5000.txt').read_text().split()
+    numbers = (HERE / 'support/imagenet5000.txt').read_text().split()
     assert len(set(numbers)) == 5000 and all(1 <= int(n) <= 50000 for n in numbers)
     for k in range(1000):
         (tmp_path / f'val/n{k:03}').mkdir(parents=True)
