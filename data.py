@@ -5,7 +5,7 @@ Datasets as uint8 tensors on the device, and batches of fp32 images in [0, 1] cu
     for x, y in batches(d.x_train, d.y_train, 128, d.augment, generator): ...
     for x, y in batches(d.x_val, d.y_val, 500): ...          # in order, no augmentation, every image
 
-DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3), labels integer (N,). Anybody's
+DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3) or grey (N,H,W), labels integer (N,). Anybody's
 data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes with
 scikit-learn, synthetic is generated. imagenet is class folders of files (imagenet.py).
 """
@@ -46,7 +46,7 @@ AUGMENT = ['none', 'crop', 'crop+flip']
 SPLIT_SEED = 0              # not --seed: a teacher and its students must leave out the same images
 
 class Dataset(NamedTuple):
-    """Images uint8 (N,H,W,3) or imagenet.Files, labels int64 (N,), on one device.
+    """Images uint8 (N,H,W,3 or 1) or imagenet.Files, labels int64 (N,), on one device.
     val: training images held out for model selection."""
     name: str
     classes: int
@@ -59,10 +59,10 @@ class Dataset(NamedTuple):
     y_test: torch.Tensor
 
     def statistics(self):
-        """mean, std: three floats each, of the training images in [0, 1]."""
+        """mean, std: a float per channel, of the training images in [0, 1]."""
         if isinstance(self.x_train, Files):
             return imagenet.MEAN, imagenet.STD
-        x = self.x_train.cpu().reshape(-1, 3).double() / 255         # eight times its size: not on a GPU
+        x = self.x_train.cpu().reshape(-1, self.x_train.shape[-1]).double() / 255         # eight times its size: not on a GPU
         return x.mean(0).tolist(), x.std(0).tolist()
 
 # -----------------------------------------------------------------------------
@@ -80,10 +80,11 @@ def from_npz(path, classes):
     missing = [k for k, a in zip(names, arrays) if a is None]
     if missing:
         raise Refused(f'{path} has no array {" ".join(missing)}: it needs {" ".join(names)}')
+    arrays = [a[..., None] if k.startswith('x') and a.ndim == 3 else a for k, a in zip(names, arrays)]      # grey
     for split, x, y in (('train', *arrays[:2]), ('test', *arrays[2:])):
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3:
-            raise Refused(f'{path}: x_{split} is {x.dtype} {x.shape}; '
-                             'images are uint8 (N, H, W, 3), 0 to 255')
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
+            raise Refused(f'{path}: x_{split} is {x.dtype} {x.shape}; images are uint8 (N, H, W, 3), '
+                          'or grey (N, H, W), 0 to 255')
         if y.dtype.kind not in 'iu' or y.shape != x.shape[:1]:
             raise Refused(f'{path}: y_{split} is {y.dtype} {y.shape}; '
                              f'labels are integers, one per image, here ({len(x)},)')

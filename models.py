@@ -86,6 +86,12 @@ class PreActBlock(Net):
         shortcut = self.shortcut(out) if hasattr(self, 'shortcut') else x
         return self.conv2(self.act(self.bn2(self.conv1(out)))) + shortcut
 
+class PreActBlockOfX(PreActBlock):
+    """Wong et al.'s (fast_adversarial): the same keys, but the shortcut projects x, not the activated x."""
+    def forward(self, x):
+        shortcut = self.shortcut(x) if hasattr(self, 'shortcut') else x
+        return self.conv2(self.act(self.bn2(self.conv1(self.act(self.bn1(x)))))) + shortcut
+
 class WideBlock(Net):
     def __init__(self, in_planes, planes, stride):
         super().__init__()
@@ -120,16 +126,16 @@ class Normalize(nn.Module):
     def __init__(self, mean, std):
         super().__init__()
         for name, value in (('mean', mean), ('std', std)):
-            self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(value).view(1, -1, 1, 1), persistent=False)
     def forward(self, x):
         return (x - self.mean) / self.std
 
 class ResNet(Net):
     """He et al. 2016, stem for 32x32: 3x3, stride 1, no pooling (the ImageNet stem costs 10 points here)."""
-    def __init__(self, block, depths, num_classes, width=64, normalize=None):
+    def __init__(self, block, depths, num_classes, width=64, normalize=None, channels=3):
         super().__init__()
         self.normalize = normalize or nn.Identity()
-        self.conv1, self.bn1 = conv(3, width, 3), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = conv(channels, width, 3), nn.BatchNorm2d(width)
         planes = width
         for i, depth in enumerate(depths):
             blocks = []
@@ -145,8 +151,8 @@ class ResNet(Net):
 
 class PreActResNet(ResNet):
     """He et al. 2016b with the final BN of Rice et al. 2020 and HAT."""
-    def __init__(self, block, depths, num_classes, width=64, normalize=None):
-        super().__init__(block, depths, num_classes, width, normalize)
+    def __init__(self, block, depths, num_classes, width=64, normalize=None, channels=3):
+        super().__init__(block, depths, num_classes, width, normalize, channels)
         del self.bn1
         self.bn = nn.BatchNorm2d(self.linear.in_features)
     def forward(self, x):
@@ -156,10 +162,10 @@ class PreActResNet(ResNet):
 
 class WideResNet(Net):
     """Zagoruyko & Komodakis 2016, keys and initialisation of the TRADES code. width: channels of the stem."""
-    def __init__(self, depth, widen, num_classes, width=16, normalize=None):
+    def __init__(self, depth, widen, num_classes, width=16, normalize=None, channels=3):
         super().__init__()
         self.normalize = normalize or nn.Identity()
-        self.conv1 = conv(3, width, 3)
+        self.conv1 = conv(channels, width, 3)
         planes = width
         for i in range(3):
             out, blocks = width * widen * 2 ** i, []
@@ -180,11 +186,11 @@ class WideResNet(Net):
 class MobileNetV2(Net):
     """Sandler et al. 2018, strides for 32x32. width: channels of the stem, 32 in the
     paper; the rest scales with it."""
-    def __init__(self, num_classes, width=32, normalize=None):
+    def __init__(self, num_classes, width=32, normalize=None, channels=3):
         super().__init__()
         scale = lambda channels: max(1, channels * width // 32)
         self.normalize = normalize or nn.Identity()
-        self.conv1, self.bn1 = conv(3, width, 3), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = conv(channels, width, 3), nn.BatchNorm2d(width)
         planes, blocks = width, []
         for expansion, out, depth, stride in [(1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2),
                                               (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]:
@@ -218,17 +224,18 @@ def of_torchvision(name, num_classes, normalize):
     net.register_forward_pre_hook(lambda net, x: net.normalize(*x))
     return net
 
-NAMES = ('resnet18 resnet34 resnet50 preactresnet18 wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2, '
+NAMES = ('resnet18 resnet34 resnet50 preactresnet18 preactresnet18-fast wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2, '
          'for ImageNet torchvision-resnet50 torchvision-wide_resnet50_2 ...')
 
-def build(name, num_classes, *, width=None, mean=None, std=None, activation='relu', dual_bn=False):
-    """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: three floats
-    each, in units of [0, 1]; None for no normalisation. activation: see ACTIVATIONS. dual_bn: every BN has an
-    auxiliary twin, see bn_branch. Raises ValueError for an unknown name."""
+def build(name, num_classes, *, width=None, mean=None, std=None, activation='relu', dual_bn=False,
+          channels=3):
+    """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: a float per
+    channel, in units of [0, 1]; None for no normalisation. activation: see ACTIVATIONS. dual_bn: every BN has an
+    auxiliary twin, see bn_branch. channels: of the images, 1 for grey. Raises ValueError for an unknown name."""
     if width is not None and width < 1:
         raise ValueError(f'width {width}: the first layer needs at least one channel')
     net = _network(name, num_classes, Normalize(mean, std) if mean else None,
-                   {'width': width} if width else {})
+                   channels, {'width': width} if width else {})
     if activation not in ACTIVATIONS:
         raise ValueError(f'unknown activation {activation!r}; known: {" ".join(ACTIVATIONS)}')
     for module in list(net.modules()):
@@ -240,7 +247,7 @@ def build(name, num_classes, *, width=None, mean=None, std=None, activation='rel
             elif activation != 'relu' and type(child) is nn.ReLU:
                 setattr(module, key, Activation(activation))
     net.config = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std,
-                      activation=activation, dual_bn=dual_bn)       # what a checkpoint stores
+                      activation=activation, dual_bn=dual_bn, channels=channels)       # what a checkpoint stores
     return net
 
 class DualBatchNorm2d(nn.BatchNorm2d):
@@ -267,25 +274,28 @@ def bn_branch(net, name):
         for m, auxiliary in zip(layers, before):
             m.auxiliary = auxiliary
 
-def _network(name, num_classes, normalize, size):
+def _network(name, num_classes, normalize, channels, size):
     depths = {'resnet18': (2, 2, 2, 2), 'resnet34': (3, 4, 6, 3), 'resnet50': (3, 4, 6, 3),
-              'preactresnet18': (2, 2, 2, 2)}
+              'preactresnet18': (2, 2, 2, 2), 'preactresnet18-fast': (2, 2, 2, 2)}
     if name in depths:
-        net = PreActResNet if name == 'preactresnet18' else ResNet
-        block = {'resnet50': Bottleneck, 'preactresnet18': PreActBlock}.get(name, BasicBlock)
-        return net(block, depths[name], num_classes, normalize=normalize, **size)
+        net = PreActResNet if name.startswith('preact') else ResNet
+        block = {'resnet50': Bottleneck, 'preactresnet18': PreActBlock,
+                 'preactresnet18-fast': PreActBlockOfX}.get(name, BasicBlock)
+        return net(block, depths[name], num_classes, normalize=normalize, channels=channels, **size)
     if wrn := re.fullmatch(r'wrn-(\d+)-(\d+)', name):
         depth, widen = map(int, wrn.groups())
         if depth >= 10 and depth % 6 == 4 and widen > 0:
-            return WideResNet(depth, widen, num_classes, normalize=normalize, **size)
+            return WideResNet(depth, widen, num_classes, normalize=normalize, channels=channels, **size)
         raise ValueError(f'{name}: a wide ResNet has a depth of 6n+4 (28, 34, 70) '
                          'and a widening factor of at least 1')
     if re.fullmatch(r'torchvision-(resnet|resnext|wide_resnet)\w+', name):
         if size:
             raise ValueError(f'{name} has one width: leave --width out')
+        if channels != 3:
+            raise ValueError(f'{name} takes images of three channels, these have {channels}')
         return of_torchvision(name.split('-', 1)[1], num_classes, normalize)
     if name == 'mobilenetv2':
-        return MobileNetV2(num_classes, normalize=normalize, **size)
+        return MobileNetV2(num_classes, normalize=normalize, channels=channels, **size)
     raise ValueError(f'unknown model {name!r}; known: {NAMES}')
 
 # -----------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def build(name, d, **shape):
     if '.py:' in name:
         return from_file(name, d.classes)
     try:
-        return models.build(name, d.classes, **shape)
+        return models.build(name, d.classes, channels=d.x_train.shape[-1], **shape)
     except ValueError as e:
         raise Refused(f'--model: {e}') from e
 

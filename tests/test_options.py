@@ -1,6 +1,6 @@
 """What composes with every loss: weight perturbation, averages, dual BN, activations, BN order, free
 training, warm starts, images without labels, recipes."""
-import json, re, subprocess, sys
+import json, re, shutil, subprocess, sys
 
 import numpy as np
 import pytest
@@ -79,8 +79,7 @@ def test_swa_is_the_mean_of_the_epochs_with_statistics_of_its_own(tmp_path, monk
     net, _ = checkpoint.load_checkpoint(tmp_path / 'last.pt')
     for k, p in net.named_parameters():
         assert torch.allclose(p, (first[k] + student[k]) / 2, atol=1e-6)
-    d, order = script['d'], torch.Generator().manual_seed(2)
-    batches = data.batches(d.x_train, d.y_train, 32, False, order)
+    batches = data.epoch(script['d'], 32, seed=0, epoch=2)
     with torch.no_grad():
         outputs = [net.conv1(x) for x, _ in batches]
     mean, var = [torch.stack([getattr(o, f)((0, 2, 3)) for o in outputs]).mean(0) for f in ('mean', 'var')]
@@ -185,18 +184,18 @@ def test_a_hybrid_is_attacked_with_both_gradients(tmp_path):
 
 def test_free_training_carries_the_perturbation_over(tmp_path):
     script = train(tmp_path, '--free', 3, loss='pgd_at')
-    delta = script['now'].delta
+    delta = script['delta']
     assert delta.abs().max() <= 8 / 255 + 1e-7 and (delta.abs() > 7.9 / 255).float().mean() > 0.2
     x = torch.rand(32, 3, 32, 32)
     x_adv = script['craft'](x, None)
     assert torch.equal(x_adv, (x + delta).clamp(0, 1)) and x_adv.requires_grad
-    assert script['now'].steps == 2 * 3 and script['scheduler'].last_epoch == 2 * 3
+    assert script['step'] == 2 * 3 and script['scheduler'].last_epoch == 2 * 3
 
 def test_eps_and_step_grow_over_the_ramp(tmp_path):
     script = train(tmp_path, '--eps-ramp', 0.5, loss='pgd_at')
     craft, size = script['craft'], []
     for progress in (0.0, 0.25, 0.5, 1.0):
-        script['now'].steps = progress * script['total_steps']
+        craft.__globals__['step'] = progress * script['total_steps']
         size.append(255 * (craft(X, Y) - X).abs().max().item())
     assert size[0] == 0 and 3.5 < size[1] < 4.01 and 7 < size[2] < 8.01 and 7 < size[3] < 8.01
 
@@ -234,19 +233,20 @@ def test_images_without_labels_stay_on_the_disk(kind, tmp_path):
          compressed=lambda: np.savez_compressed(path, x=images()))[kind]()
     opened = data.open_images(path, (32, 32, 3))
     assert np.array_equal(opened, images()) and isinstance(opened, np.memmap) == (kind != 'compressed')
-    batches = data.image_batches(opened, 20, False, torch.Generator().manual_seed(0))
+    batches = data.image_batches(opened, 20, 'none', torch.Generator().manual_seed(0))
     x = torch.cat([next(batches) for _ in range(5)])                    # two rounds of the fifty
     assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
     number = lambda x: sorted((255 * x).round().long().sum((1, 2, 3)).tolist())
     assert number(x) == sorted(2 * images().astype(int).sum((1, 2, 3)).tolist())
 
-@pytest.mark.parametrize('loss, labels', [('logit_mse', 'asks for none'), ('trades', "the teacher's")])
+@pytest.mark.parametrize('loss, labels', [('logit_mse', 'not needed'), ('trades', "the teacher's")])
 def test_images_without_labels_get_the_teachers_or_none(loss, labels, teacher, tmp_path, capsys):
     np.savez(tmp_path / 'extra.npz', x=images())
     script = train(tmp_path / 'out', '--extra', tmp_path / 'extra.npz', '--extra-fraction', 0.25,
                    '--teacher', teacher, loss=loss)
     assert labels in capsys.readouterr().out
-    batches = list(script['epoch_batches']())
+    script['training_batches'].__globals__.update(epoch=1)
+    batches = list(script['training_batches']())
     assert len(batches) == script['steps_per_epoch'] == 2
     for x, y in batches:
         assert len(x) == len(y) == 32
@@ -269,33 +269,35 @@ def test_every_name_is_the_right_network_on_the_right_images(tmp_path):
     def loss(logits, logits_adv, logits_helper, t_logits, t_logits_adv, s_logits_adv, guide_logits, class_p,
              y, progress, *, h=2.0, T=1.0):
         return locals()
-    who = dict(student=1, teacher=2, standard=3, guide=4)
+    who = dict(net=1, teacher_net=2, standard_net=3, guide_net=4)
     script['loss_on'].__globals__.update({k: Answers(v) for k, v in who.items()},
-                                         method=losses.Method(loss, None), hp=dict(h=2.0, T=1.0))
-    script['now'].steps = 0.25 * script['total_steps']
+                                         method=losses.Method(loss, None), hp=dict(h=2.0, T=1.0),
+                                         loss_inputs=losses.needs(loss), guide=torch.nn.Identity(),
+                                         class_p=torch.rand(10, 10), class_sum=torch.zeros(10, 10),
+                                         step=0.25 * script['total_steps'])
     seen, x_adv = script['loss_on'](X, X / 2, Y), X / 2
-    for name, net, x in [('logits', 'student', X), ('logits_adv', 'student', x_adv),
-                         ('logits_helper', 'student', X + 2 * (x_adv - X)), ('guide_logits', 'guide', X),
-                         ('t_logits', 'teacher', X), ('t_logits_adv', 'teacher', x_adv),
-                         ('s_logits_adv', 'standard', x_adv)]:
+    for name, net, x in [('logits', 'net', X), ('logits_adv', 'net', x_adv),
+                         ('logits_helper', 'net', X + 2 * (x_adv - X)), ('guide_logits', 'guide_net', X),
+                         ('t_logits', 'teacher_net', X), ('t_logits_adv', 'teacher_net', x_adv),
+                         ('s_logits_adv', 'standard_net', x_adv)]:
         assert torch.equal(seen[name], Answers(who[net])(x)), name
     assert torch.equal(seen['y'], Y) and seen['progress'] == 0.25
-    assert torch.equal(seen['class_p'], script['now'].class_p[Y])
+    assert torch.equal(seen['class_p'], script['loss_on'].__globals__['class_p'][Y])
 
 # -----------------------------------------------------------------------------
 # state that two of the losses ask for
 
 def test_dkl_gets_the_class_means_of_the_epoch_before(tmp_path):
     script = train(tmp_path, '--lr', 0, '--awp', 1e-9, '--awp-warmup', 0, loss='dkl')
-    class_p = script['now'].class_p
-    assert torch.allclose(class_p.sum(1), torch.ones(10)) and (script['now'].class_sum == 0).all()
+    class_p = script['class_p']
+    assert torch.allclose(class_p.sum(1), torch.ones(10)) and (script['class_sum'] == 0).all()
     student = script['student'].train()
-    d, order, expected = script['d'], torch.Generator().manual_seed(0), torch.zeros(10, 10)
-    for x, y in data.batches(d.x_train, d.y_train, 32, False, order):
+    d, expected = script['d'], torch.zeros(10, 10)
+    for x, y in data.epoch(d, 32, seed=0, epoch=1):
         expected.index_add_(0, y, (student(x) / 4).softmax(1).detach())
     assert torch.allclose(class_p, expected / expected.sum(1, keepdim=True), atol=1e-4)
     script['update'](X, Y)                                          # with a look ahead that does not count
-    assert script['now'].class_sum.sum() == pytest.approx(len(X), rel=1e-5)
+    assert script['class_sum'].sum() == pytest.approx(len(X), rel=1e-5)
 
 def test_the_guide_of_lbgat_learns_and_is_not_the_student(tmp_path):
     script = train(tmp_path, loss='lbgat')
@@ -328,8 +330,9 @@ def test_readme_recipe_for_a_loss_of_your_own(tmp_path):
     assert len(block.splitlines()) < 15
     for file in HERE.glob('*.py'):
         (tmp_path / file.name).write_text(file.read_text())
+    shutil.copytree(HERE / 'support', tmp_path / 'support')
     for file, before, code in [('losses.py', 'def softmax_kl(', loss), ('losses.py', "    'trades': ", row),
-                               ('train_adv.py', '        t_logits      =', name)]:
+                               ('train_adv.py', "    if 'guide_logits' in loss_inputs:  ", name)]:
         text = (tmp_path / file).read_text()
         assert text.count(before) == 1
         (tmp_path / file).write_text(text.replace(before, code.rstrip('\n') + '\n' + before))
