@@ -353,6 +353,7 @@ def table():
             '|---|---|---|---|---|---|---|']
     for name, method in METHODS.items():
         source, formula = [line.strip() for line in method.loss.__doc__.splitlines()[:2]]
+        authors = source.split(',')[0]            # the title stands in the docstring
         climbs = method.inner.__doc__ if method.inner else '-'
         flags = ' '.join(f'`--{k}`' if v is False else f'`--{k} {v:.4g}`'
                          for k, v in hparams(method.loss).items())
@@ -360,7 +361,7 @@ def table():
         teachers = [method.teacher, 's_logits_adv' in names and 'standard',
                     'guide_logits' in names and 'trains along']
         cells = (f'`{name}`', formula, climbs, flags or '-', 'y' if 'y' in names else '**none**',
-                 ' + '.join(filter(None, teachers)) or '-', source.rstrip('.'))
+                 ' + '.join(filter(None, teachers)) or '-', authors.rstrip('.'))
         rows.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join(rows)
 

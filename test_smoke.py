@@ -394,7 +394,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         if script in ('test_smoke.py', 'losses.py'):
             continue
         if script == 'evaluate.py':
-            argv += ['--n', '4', '--attacks', 'fgsm']
+            argv += ['--n', '4', '--attacks', 'fgsm', '--out', f'{len(list(tmp_path.iterdir()))}-{commands.index(command)}.json']
         if script.startswith('train') and 'imagenet' in command:
             argv += ['--model', 'torchvision-resnet18']
         if 'model_test.pt' in command:
