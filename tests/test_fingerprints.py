@@ -1,0 +1,24 @@
+"""Every way of training still leaves in the weights and BN statistics what it did. The stored figures are of one machine:
+another one rounds differently, and where a gradient is next to zero a pixel then goes the other way, hence the
+tolerance. A change that is meant writes them anew: python tests/fingerprints.py --json tests/fingerprints.json"""
+import json
+import pathlib
+
+import fingerprints
+
+STORED = json.loads((pathlib.Path(__file__).parent / 'fingerprints.json').read_text())
+TOLERANCE = 0.02
+
+def apart(a, b):
+    return max(abs(a[k] - b[k]) for k in ('weights', 'means', 'vars'))
+
+def test_every_way_of_training_leaves_what_it_did():
+    found = fingerprints.fingerprints()
+    assert found.keys() == STORED.keys()
+    differ = {name: apart(f, STORED[name]) for name, f in found.items() if apart(f, STORED[name]) > TOLERANCE}
+    assert not differ
+
+def test_the_comparison_could_fail():
+    """The orders of the BN forwards, for instance, are further apart than the tolerance."""
+    orders = [STORED[f'bn-order-{order}'] for order in ('nat-adv', 'adv-nat', 'nat', 'adv')]
+    assert all(apart(a, b) > TOLERANCE for i, a in enumerate(orders) for b in orders[:i])
