@@ -243,6 +243,8 @@ def inspect(model, x, y, classes):
     x = x.clone().requires_grad_()
     try:
         logits = model(x)
+    except Refused:
+        raise
     except Exception as e:                          # it may be somebody else's code
         raise Refused(f'the network fails on images {tuple(x.shape)}: {type(e).__name__}: {e}'
                          .splitlines()[0]) from e

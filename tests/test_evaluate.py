@@ -142,7 +142,7 @@ def test_verify(whole, tmp, tmp_path, capsys):
 
 @pytest.mark.parametrize('name, weights, says', [
     ('plain', 'nan.pt', 'non-finite logits'), ('training', 'plain.pt', 'is in training mode'),
-    ('two', 'plain.pt', 'returns (12, 2), not 10 logits'), ('crash', 'plain.pt', 'RuntimeError'),
+    ('two', 'plain.pt', 'output is (B, 2), the data need logits (B, 10)'), ('crash', 'plain.pt', 'RuntimeError'),
     ('detached', 'plain.pt', 'the logits have no gradient')])
 def test_networks_that_cannot_be_evaluated(name, weights, says, tmp, tmp_path, capsys):
     refused(says, *net(tmp, name, weights), *FLAGS, '--out', tmp_path / 'e.json', capsys=capsys)
