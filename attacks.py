@@ -12,19 +12,33 @@ from contextlib import contextmanager
 
 import torch
 
+def per_image(value, x):
+    """A number, or one per image (B,), as what multiplies x (B,...)."""
+    if isinstance(value, (int, float)):
+        return value
+    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    if value.dim() == 0:
+        return value
+    if value.shape != x.shape[:1]:
+        raise ValueError(f'one value for all images, or one for each of {len(x)}, not {tuple(value.shape)}')
+    return value.view(-1, *[1] * (x.dim() - 1))
+
 def norms(d):
-    """L2 norm of every image of d (B,C,H,W), as (B,1,1,1)."""
-    return d.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None, None]
+    """L2 norm of every image of d (B,...), as (B,1,...)."""
+    return per_image(d.flatten(1).norm(dim=1).clamp_min(1e-12), d)
 
 def start(x, *, eps, init, norm):
     """The first x_adv: 'uniform' in the ball, 'normal' (TRADES: x + 0.001 N(0,1)), or 'zero' (x itself)."""
     if init == 'normal':            # at x itself the gradient of KL(f(x), f(x')) and of MSE is exactly zero
         x_adv = x + 0.001 * torch.randn_like(x)
     elif init == 'uniform' and norm == 'Linf':
-        x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
+        if isinstance(eps, (int, float)):
+            x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
+        else:
+            x_adv = x + eps * torch.empty_like(x).uniform_(-1, 1)
     elif init == 'uniform':         # in the L2 ball: a direction, and the d-th root of a uniform radius
         d = torch.randn_like(x)
-        radius = torch.rand(len(x), 1, 1, 1, device=x.device) ** (1 / x[0].numel())
+        radius = per_image(torch.rand(len(x), 1, 1, 1, device=x.device).flatten() ** (1 / x[0].numel()), x)
         x_adv = x + eps * radius * d / norms(d)
     elif init == 'zero':
         x_adv = x.clone()
@@ -32,23 +46,37 @@ def start(x, *, eps, init, norm):
         raise ValueError(f"init is 'uniform', 'normal' or 'zero', not {init!r}")
     return x_adv.clamp(0, 1)
 
+@torch.inference_mode(False)
 def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', norm='Linf', restarts=1):
     """
     Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb
-    objective(x_adv) -> (B,) within the ball of radius eps around x (B,C,H,W), and within [0, 1]. eps,
-    step_size: in units of [0, 1]; step_size is a number, or one per step. norm: 'Linf' (signed step) or 'L2'
-    (normalised step). Returns the last iterate or, of several restarts, each image's best; fp32, detached.
-    Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps. Raises ValueError, also for images
-    outside [0, 1].
+    objective(x_adv) -> (B,) within the ball of radius eps around x (B,...), and within [0, 1]. eps: in units of
+    [0, 1], one number or one per image (B,). step_size: likewise one number, or a list, array or tensor of one per
+    step. norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts, each
+    image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps. Raises
+    ValueError, also for images outside [0, 1].
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
+    if steps < 0 or restarts < 1:
+        raise ValueError(f'steps {steps}, restarts {restarts}: at least 0 steps and one start')
+    if norm == 'Linf' and isinstance(eps, (int, float)) and eps > 1:
+        raise ValueError(f'eps is {eps:g}: in units of [0, 1], so 8 pixels are 8/255')
     if not x.is_floating_point():
         raise ValueError(f'x is {x.dtype}: images are floats in [0, 1], so divide by 255')
+    if len(x) == 0:
+        return x.detach().clone()
     if not x.is_cuda and not (0 <= x.min() and x.max() <= 1):      # on a GPU it would wait in every batch
         raise ValueError(f'x is in [{x.min():g}, {x.max():g}]: images are in [0, 1], and what standardises '
                          'them is a layer of the model')
-    sizes, best = [step_size] * steps if isinstance(step_size, (int, float)) else step_size, None
+    if isinstance(step_size, (int, float)):
+        sizes = [step_size] * steps
+    else:
+        sizes = [float(size) for size in step_size]
+        if len(sizes) != steps:
+            raise ValueError(f'{len(sizes)} step sizes for {steps} steps')
+    x = x.clone() if x.is_inference() else x.detach()       # an inference tensor takes no part in autograd
+    eps, best = per_image(eps, x), None
     for _ in range(restarts):
         x_adv = start(x, eps=eps, init=init, norm=norm)
         for step_size in sizes:
@@ -68,8 +96,7 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
             value = objective(x_adv)
         if best is None:
             best, best_value = x_adv, value
-        better = value > best_value
-        best = torch.where(better[:, None, None, None], x_adv, best)
+        best = torch.where(per_image((value > best_value).to(x), x) > 0, x_adv, best)
         best_value = torch.maximum(value, best_value)
     return best
 

@@ -262,6 +262,28 @@ def test_pgd_refuses_what_is_no_image_in_0_to_1(x, says):
         attacks.pgd(lambda x: x.sum((1, 2, 3)), x)
     assert '\n' not in str(e.value)
 
+@pytest.mark.parametrize('wrong', [dict(eps=8.0), dict(restarts=0), dict(step_size=[0.1, 0.1]),
+                                   dict(eps=torch.ones(3))])
+def test_pgd_refuses_a_slip_instead_of_a_weaker_attack(wrong):
+    with pytest.raises(ValueError):
+        attacks.pgd(lambda x: x.flatten(1).sum(1), X, **wrong)
+
+def test_pgd_takes_vectors_a_radius_per_image_any_sizes_and_inference_mode():
+    def climb(x):
+        return x.flatten(1).sum(1)
+    x = torch.full((4, 5), 0.5, requires_grad=True)
+    eps = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    x_adv = attacks.pgd(climb, x, eps=eps, step_size=np.full(10, 0.1))
+    assert torch.allclose(x_adv, (0.5 + eps)[:, None].expand(4, 5)) and not x_adv.requires_grad and x.requires_grad
+    assert torch.allclose((attacks.pgd(climb, x, eps=eps, step_size=0.1, norm='L2', restarts=2) - x).norm(dim=1), eps)
+    assert attacks.pgd(climb, X[:0]).shape == X[:0].shape
+    with torch.inference_mode():
+        made_there = torch.full((2, 3, 4, 4), 0.5)
+        x_adv = attacks.pgd(climb, made_there, eps=0.1, step_size=0.1)
+    assert torch.allclose(x_adv, made_there + 0.1)
+    with pytest.raises(ValueError), attacks.attack_mode(torch.nn.Linear(1, 1), bn='Train'):
+        pass
+
 def test_cw_margin_by_hand():
     logits = torch.tensor([[1., 5., 3.], [4., 0., 1.]])
     assert attacks.cw_margin(logits, torch.tensor([1, 2])).tolist() == [-2., 3.]
