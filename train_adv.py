@@ -106,6 +106,8 @@ arg('--dry-run', action='store_true', help='say what would be done and how long 
 first, _ = parser.parse_known_args()
 method = METHODS[first.loss]
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir))
+if '.py:' in first.model:            # it makes the whole network
+    parser.set_defaults(width=None)
 if first.norm == 'L2':
     parser.set_defaults(eps=128.0)
 parser.set_defaults(**method.settings)
