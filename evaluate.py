@@ -12,7 +12,7 @@ $ python evaluate.py runs/x/best.pt --verify adv.pt                             
 fp32 without TF32, eager, BN in eval mode. An image counts as robust if it is classified correctly as it is
 and after every attack of the row; those misclassified as they are are not attacked. AutoAttack is its
 authors' (support/autoattack.py), version standard: its four attacks in turn, each on the images that are left, which
-is the published number. Killed, the same command continues, with the same result (support/evaluation.py).
+is the published number. Killed, the same command continues, with the same result (support/shards.py).
 With --fast the attacks search on the compiled network, its BN folded into its convolutions, AutoAttack in
 bf16 where the GPU has it; its first two attacks then go on in fp32 with what is left. Every verdict is the
 eager network's, in fp32.
@@ -29,13 +29,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import models
 from attacks import attack_mode, cw_margin, fgsm, pgd
 from models import bn_branch
-from support import audit, autoattack, checkpoint, evaluation, files, imagenet, refusals
+from support import audit, autoattack, checkpoint, evaluation, files, imagenet, refusals, shards
 from support.autoattack import FAST, PARTS
 from support.checkpoint import fingerprint, load_checkpoint
 from support.evaluation import DEFAULT
@@ -158,8 +157,8 @@ if not args.out:
     tag += f'-{args.activation}' if args.activation else ''
     tag += f'-{args.branch}' if model.config['dual_bn'] else ''
     args.out = f'{os.path.splitext(args.checkpoint)[0]}.eval-{args.norm}-{args.eps:g}-n{n}{tag}.json'
-evaluation.unfinished(args.out, 'out')
-evaluation.unfinished(args.save_adv, 'save-adv')
+shards.unfinished(args.out, 'out')
+shards.unfinished(args.save_adv, 'save-adv')
 model = model.to(device)
 with attack_mode(model), bn_branch(model, args.branch):
     first = evaluation.inspect(model, x_test[:args.batch_size], y_test[:args.batch_size].to(device), d.classes)
@@ -197,11 +196,11 @@ evaluated.update(weights=fingerprint(model), transfer_from=source and fingerprin
                  **dict(environment(device), device=device.type))
 del pixels
 x_adv = adv and evaluation.load_adv(args.verify, adv, evaluated, x_test)
-saved = evaluation.Saved(f'{args.out}.state', evaluated, shard)
+saved = shards.Saved(f'{args.out}.state', evaluated, shard)
 for flag, path in (('out', args.out), ('save-adv', args.save_adv)):
     if path and saved.mine(0):
-        evaluation.unfinished(path, flag)           # another evaluation may have ended while this one started
-        evaluation.reserve(path)
+        shards.unfinished(path, flag)           # another evaluation may have ended while this one started
+        shards.reserve(path)
 
 # -----------------------------------------------------------------------------
 # attacks. Each takes a batch of images that are classified correctly, x (B,C,H,W) and y (B,), and returns x_adv; a
@@ -284,17 +283,6 @@ def attacked(name, x, y, seed):
     return dict(predicted=predict(x_adv).cpu(), moved=moved, broken=broken, warned=warned,
                 x_adv=x_adv.cpu() if args.save_adv and attack.eps == eps else None)
 
-def progress(batches, what):
-    """batches, numbered, with a bar on a terminal; without one, a line at least every 30 seconds."""
-    told = time.monotonic()
-    bar = tqdm(batches, desc=what, disable=None, leave=False,
-               bar_format='{desc} {percentage:.0f}% |{bar:40}| {elapsed} gone, {remaining} left')
-    for k, batch in enumerate(bar):
-        if bar.disable and time.monotonic() - told > 30:
-            told = time.monotonic()
-            files.say(f'{what}: {k} of {len(batches)} batches')
-        yield k, batch
-
 def survivors(name, predicted, todo):
     """Attacks the images todo, (n,) bool -> (n,) what all are taken for afterwards, and the largest step taken."""
     attack, predicted, todo, moved = ATTACKS[name], predicted.clone(), todo.clone(), 0.0
@@ -304,7 +292,7 @@ def survivors(name, predicted, todo):
         batches = index.split(args.batch_size) if len(index) else []
         keys = [f'{name}-{restart}-{k}-{hashlib.sha256(i.numpy().tobytes()).hexdigest()[:12]}'
                 for k, i in enumerate(batches)]
-        for k, i in progress(batches, name):
+        for k, i in shards.progress(batches, name):
             if saved.mine(k):
                 seed = args.seed + 1000 * restart + k
                 saved.compute(keys[k], lambda: attacked(name, x_test[i], y_test[i].to(device), seed))
@@ -374,9 +362,10 @@ todo = within + sweeps
 results, recount, aa_warnings, audited = {}, {}, [], []
 
 def run_audit():
-    checks = audit.audit(model, x_test[:100], y_test[:100].to(device), eps=eps, step_size=step_size, norm=args.norm,
-                         seed=args.seed, transfer=source)
-    return dict(checks=[list(check) for check in checks])
+    checks = audit.checks(model, x_test[:100], y_test[:100].to(device), eps=eps, step_size=step_size, norm=args.norm,
+                          seed=args.seed, transfer=source)
+    shown = shards.progress(checks, 'masking audit', 'checks', len(audit.NAMES))
+    return dict(checks=[list(check) for _, check in shown])
 
 try:
     with attack_mode(model), bn_branch(model, args.branch):

@@ -2,6 +2,9 @@
 Are a network's gradients to be trusted? The symptoms of masking (Athalye et al. 2018, "Obfuscated Gradients
 Give a False Sense of Security"; Carlini et al. 2019, "On Evaluating Adversarial Robustness") as named checks.
 
+$ python -m support.audit runs/x/best.pt                    # one line per check; status 1 if one is suspicious
+$ python -m support.audit other.pt --model net.py:make --dataset cifar10 --n 200
+
     checks = audit(net, x, y, eps=8/255)            # about 100 images as they come; net: [0, 1] -> logits
     for check in checks: print(*check)
     print(overall(checks))
@@ -54,11 +57,12 @@ class Check(NamedTuple):
     verdict: str        # 'ok', 'suspicious' or 'skipped'
     text: str           # one line: what was measured, and what it means
 
-def audit(model, x, y, *, eps, step_size=None, norm='Linf', seed=0, transfer=None):
+def checks(model, x, y, *, eps, step_size=None, norm='Linf', seed=0, transfer=None):
     """
-    -> list of Check, one per name in NAMES. x fp32 (B,3,H,W) in [0, 1], y (B,); misclassified images are left
+    Yields a Check per name in NAMES, in their order. x fp32 (B,3,H,W) in [0, 1], y (B,); misclassified images are left
     out. eps, step_size (default: a quarter of eps): in units of [0, 1]. transfer: another network of the same
-    classes, to craft on. Modes, requires_grad, .grad and torch's RNG are as before. Raises ValueError.
+    classes, to craft on. Modes, requires_grad, .grad and torch's RNG are as before once it is exhausted. Raises
+    ValueError.
     """
     if not (x.dtype == torch.float32 and len(x) and 0 <= x.min() and x.max() <= 1):
         raise ValueError('images are fp32 in [0, 1]')
@@ -70,7 +74,11 @@ def audit(model, x, y, *, eps, step_size=None, norm='Linf', seed=0, transfer=Non
         for net in (model, transfer) if transfer is not None else (model,):
             stack.enter_context(attack_mode(net))
         torch.manual_seed(seed)
-        return list(_checks(model, x.detach(), y, eps, step_size or eps / 4, norm, transfer))
+        yield from _checks(model, x.detach(), y, eps, step_size or eps / 4, norm, transfer)
+
+def audit(model, x, y, **settings):
+    """-> list of Check; settings as of checks()."""
+    return list(checks(model, x, y, **settings))
 
 def overall(checks):
     """One line."""
@@ -205,7 +213,9 @@ def _checks(model, x, y, eps, step_size, norm, transfer):
     yield loses('one-step', one, fell, f'FGSM, not to PGD-{STEPS}')
     noise = sum(broken(start(x, eps=eps, init='uniform', norm=norm)) for _ in range(STEPS)) > 0
     yield loses('noise', noise, fell, f'{STEPS} draws of noise, not to PGD-{STEPS}')
-    less, more = [broken(attack(ce, x, y, eps=k * eps, step_size=k * step_size)) for k in (0.5, 2)]
+    less = broken(attack(ce, x, y, eps=eps / 2, step_size=step_size / 2))
+    twice = min(2 * eps, 1) if norm == 'Linf' else 2 * eps          # 1 is every image there is
+    more = broken(attack(ce, x, y, eps=twice, step_size=2 * step_size))
     yield loses('larger-eps', less & stand | fell & ~more, fell & ~less | more & stand,
                 'the smaller of two eps (half, one, twice)')
     radius = 0.5 * (1 if norm == 'Linf' else math.sqrt(x[0].numel()))
@@ -247,3 +257,66 @@ def _checks(model, x, y, eps, step_size, norm, transfer):
         there = lambda x_adv, y: margin(x_adv, y, net=lambda x: net(x, transfer))
         yield few('transfer', further(left, lambda x, y: attack(there, x, y)),
                   'withstand the gradients and fall to examples of another network')
+
+# -----------------------------------------------------------------------------
+# alone, on the first test images
+
+def main():
+    import argparse
+    import sys
+    import data
+    from models import NAMES as MODELS, bn_branch
+    from support import checkpoint, evaluation, files, imagenet, refusals, shards
+
+    parser = argparse.ArgumentParser(prog='python -m support.audit', description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    refusals.one_line(parser)
+    files.plain_output()
+    arg = parser.add_argument
+    arg('checkpoint')
+    arg('--dataset', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
+    arg('--data-dir', metavar='DIR')
+    arg('--eps', type=float, help='radius in pixels (0..255); this and the next two: as it was trained')
+    arg('--step-size', type=float, help='default: eps / 4')
+    arg('--norm', choices=['Linf', 'L2'])
+    arg('--n', type=int, default=100, help='the first N test images')
+    arg('--model', help=f"of somebody else's weights: {MODELS}, or FILE.py:FUNCTION that returns the network")
+    arg('--width', type=int, help="its first layer (default: the paper's)")
+    arg('--transfer-from', metavar='PT', help='another network to craft on')
+    arg('--transfer-model', help='its architecture (default: --model)')
+    arg('--transfer-width', type=int, help='its first layer (default: --width)')
+    arg('--seed', type=int, default=0)
+    args = parser.parse_args()
+
+    refusals.seed(args)
+    refusals.numbers(args, 1, math.inf, 'n')
+    run = evaluation.threat(args, checkpoint.read(args.checkpoint))
+    if args.norm == 'Linf' and args.eps >= 255:
+        refusals.refuse(f'--eps {args.eps:g}: below 255, or there is nothing left to attack')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cudnn.allow_tf32 = False
+    d = data.load(args.dataset, args.data_dir, device=device, training=False)
+    model, _ = checkpoint.load_checkpoint(args.checkpoint, args.model, d.classes, width=args.width)
+    source = None
+    if args.transfer_from:
+        width = args.transfer_width or (None if args.transfer_model else args.width)
+        source, _ = checkpoint.load_checkpoint(args.transfer_from, args.transfer_model or args.model, d.classes, width=width)
+        source = source.to(device)
+    model = model.to(device)
+    x = data.to_float(imagenet.in_memory(d.x_test[:args.n], device)).contiguous()
+    y = d.y_test[:args.n].to(device)
+    evaluation.check_images(x, y.cpu(), d.classes)
+    with bn_branch(model, run.get('eval_branch', 'main')):
+        evaluation.inspect(model.eval(), x[:10], y[:10], d.classes)
+        steps = checks(model, x, y, eps=args.eps / 255, step_size=args.step_size / 255, norm=args.norm, seed=args.seed,
+                       transfer=source)
+        found = []
+        for _, check in shards.progress(steps, 'masking audit', 'checks', len(NAMES)):
+            found.append(check)
+            files.say(f'{check.verdict:<11}{check.name:<17}{check.text}')
+    files.say(overall(found))
+    sys.exit(1 if any(check.verdict == 'suspicious' for check in found) else 0)
+
+if __name__ == '__main__':
+    main()

@@ -1,19 +1,11 @@
 """
-What evaluate.py needs beside its attacks: which flags do not go together, batches that survive being killed and are
-shared by several processes, and what a report says of its own figures.
-
-    saved = Saved('eval.state', dict(weights=..., images=..., eps=..., seed=...), shard=(0, 4))
-    for k, index in enumerate(batches):
-        if saved.mine(k):
-            saved.compute(f'pgd-{k}', lambda: attack(index))            # a dict of tensors, numbers and strings
-    results = [saved.read(f'pgd-{k}') for k in range(len(batches))]     # waits for the other shards
+What evaluate.py needs beside its attacks: what the checkpoint says where the flags say nothing, which flags do not go
+together, and what a report says of its own figures.
 """
 import json
 import math
 import os
 import re
-import shutil
-import time
 
 import torch
 import torch.nn.functional as F
@@ -22,20 +14,33 @@ import data
 from support import refusals
 from support.autoattack import PARTS
 from support.checkpoint import is_ours
-from support.files import Refused, atomic, say
+from support.files import Refused, atomic
 from support.refusals import refuse
 
-try:
-    import fcntl
-except ImportError:             # Windows: nobody warns of two evaluations of one report
-    fcntl = None
-
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']      # the attacks of an evaluation that names none
-UNFINISHED = '"complete": false'
-TELL, GIVE_UP = 30, 3600        # seconds: how often a shard says what it waits for, and how long without a new file
 
 # -----------------------------------------------------------------------------
 # flags
+
+def threat(args, ckpt):
+    """Fills in --dataset, --data-dir, --norm, --eps and --step-size from ckpt, the content of args.checkpoint, if it is
+    one of ours. -> the run that it was trained in, {} if unknown. Raises Refused for what cannot be attacked."""
+    run = ckpt.get('run', {}) if is_ours(ckpt) else {}
+    args.dataset = args.dataset or run.get('dataset', 'cifar10')
+    if args.data_dir is None:
+        args.data_dir = run.get('data_dir', 'data')
+        needs_files = args.dataset not in ('digits', 'synthetic')
+        if needs_files and args.data_dir != 'data' and not os.path.isdir(args.data_dir):
+            refuse(f'{args.checkpoint} was trained on data in {args.data_dir}, which is not here: '
+                   'name their folder with --data-dir')
+    trained = run.get('norm', 'Linf')
+    args.norm = args.norm or trained
+    if args.eps is None and args.norm == trained:       # 8 of Linf would be nothing in L2
+        args.eps = run.get('eps')
+    if args.eps is None:
+        args.eps = 128.0 if args.norm == 'L2' else data.row(args.dataset, args.data_dir)['eps']
+    refusals.attack(args)
+    return run
 
 def resolve(args, ckpt):
     """Fills in what args leaves open from ckpt, the content of args.checkpoint, if it is one of ours. -> the run that
@@ -68,21 +73,7 @@ def resolve(args, ckpt):
     if (args.transfer_model or args.transfer_width) and not args.transfer_from:
         refuse('--transfer-model and --transfer-width are of --transfer-from')
 
-    run = ckpt.get('run', {}) if ours else {}
-    args.dataset = args.dataset or run.get('dataset', 'cifar10')
-    if args.data_dir is None:
-        args.data_dir = run.get('data_dir', 'data')
-        needs_files = args.dataset not in ('digits', 'synthetic')
-        if needs_files and args.data_dir != 'data' and not os.path.isdir(args.data_dir):
-            refuse(f'{args.checkpoint} was trained on data in {args.data_dir}, which is not here: '
-                   'name their folder with --data-dir')
-    trained = run.get('norm', 'Linf')
-    args.norm = args.norm or trained
-    if args.eps is None and args.norm == trained:       # 8 of Linf would be nothing in L2
-        args.eps = run.get('eps')
-    if args.eps is None:
-        args.eps = 128.0 if args.norm == 'L2' else data.row(args.dataset, args.data_dir)['eps']
-    refusals.attack(args)
+    run = threat(args, ckpt)
     for value in args.sweep_eps:
         if value and (value < 1 or args.norm == 'Linf' and value > 255):
             refuse(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255 (L2: 255 times the usual radius)')
@@ -91,104 +82,6 @@ def resolve(args, ckpt):
     if args.fast and (args.individual or set(PARTS) & set(args.attacks)):
         refuse('--fast is for autoattack as a whole: what a part alone leaves has no second search')
     return run, shard
-
-# -----------------------------------------------------------------------------
-# batches that survive. Killed at any moment, the same command goes on where it was. What is computed must depend on
-# the fingerprint and on the key alone: each batch is seeded by itself
-
-def unfinished(path, flag):
-    """Raises Refused if path is there and not the beginning of a report."""
-    if path and os.path.exists(path):
-        try:
-            with open(path, 'rb') as f:
-                beginning = UNFINISHED.encode() in f.read()
-        except OSError as e:
-            raise Refused(f'cannot write {path}: {e.strerror}') from e
-        if not beginning:
-            refuse(f'{path} is there already: choose another --{flag}, or delete it')
-
-def reserve(path):
-    """Hours of AutoAttack end in this file: it has to be writable."""
-    try:
-        with atomic(path) as tmp, open(tmp, 'w') as f:
-            f.write('{%s}' % UNFINISHED)
-    except OSError as e:
-        raise Refused(f'cannot write {path}: {e.strerror}') from e
-
-class Saved:
-    """
-    A folder of finished batches of one evaluation. fingerprint: everything that the results depend on, as JSON. shard:
-    (i, n). Raises Refused, naming the difference, for a folder with another fingerprint, and where this shard, or
-    the whole evaluation, is at work already.
-    """
-    def __init__(self, folder, fingerprint, shard=(0, 1)):
-        self.folder, self.shard = folder, shard
-        path = f'{folder}/fingerprint.json'
-        try:
-            os.makedirs(folder, exist_ok=True)
-            self._lock()
-            if not os.path.exists(path):
-                with atomic(path) as tmp, open(tmp, 'w') as f:
-                    json.dump(fingerprint, f, indent=1)
-            with open(path) as f:
-                old = json.load(f)
-        except OSError as e:
-            raise Refused(f'cannot write {folder}: {e.strerror}') from e
-        for k in sorted(old.keys() | fingerprint.keys()):
-            if old.get(k) != fingerprint.get(k):
-                refuse(f'{folder} holds a part of another evaluation ({k} was {old.get(k)}, '
-                       f'is {fingerprint.get(k)}): delete it, or choose another --out')
-
-    def _lock(self):
-        """Shards share the folder, each of them once; an evaluation that is no shard has it alone. Held until the
-        process ends, however it does."""
-        if not fcntl:
-            return
-        i, n = self.shard
-        kind = fcntl.LOCK_EX if n == 1 else fcntl.LOCK_SH
-        self.locks = [open(f'{self.folder}/.lock', 'a+'), open(f'{self.folder}/.lock-{i}', 'a+')]
-        try:
-            fcntl.lockf(self.locks[0], kind | fcntl.LOCK_NB)
-            fcntl.lockf(self.locks[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            report = self.folder.removesuffix('.state')
-            what = 'another evaluation' if n == 1 else f'shard {i}, or the whole evaluation,'
-            raise Refused(f'{what} is at work on {report}: wait for it, choose another --out, '
-                          'or share the work from the start with --shard') from None
-
-    def mine(self, k):
-        """Is the k-th batch this process's?"""
-        return k % self.shard[1] == self.shard[0]
-
-    def compute(self, key, fn):
-        """fn(), unless an earlier process has been here."""
-        path = f'{self.folder}/{key}.pt'
-        if not os.path.exists(path):
-            result = fn()
-            with atomic(path) as tmp:
-                torch.save(result, tmp)
-
-    def read(self, key):
-        """What compute() stored, in this process or in another one, for which it waits: ends the script if nothing new
-        appears for an hour."""
-        path = f'{self.folder}/{key}.pt'
-        known, changed, told = None, time.monotonic(), time.monotonic()
-        while not os.path.exists(path):
-            time.sleep(0.2)
-            now, files = time.monotonic(), len(os.listdir(self.folder))
-            if files != known:
-                known, changed = files, now
-            if now - told > TELL:
-                told = now
-                say(f'waiting for {key}, which another shard of {self.shard[1]} computes; '
-                    f'nothing new for {(now - changed) / 60:.0f} of at most {GIVE_UP / 60:g} minutes')
-            if now - changed > GIVE_UP:
-                refuse(f'nothing new in {self.folder} for {GIVE_UP / 60:g} minutes, and {key} of another shard is '
-                       'missing: start that shard, and this command again')
-        return torch.load(path, map_location='cpu', weights_only=True)
-
-    def delete(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 # -----------------------------------------------------------------------------
 # the report: accuracy with intervals, classes and confusions; what is refused, and what is flagged
