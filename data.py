@@ -208,6 +208,11 @@ def fingerprint(d):
         digest.update(labels.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def facts(d):
+    """What a log says of the data, as JSON."""
+    return dict(augment=d.augment, data=fingerprint(d), classes=d.classes, train_images=len(d.y_train),
+                val_images=len(d.y_val))
+
 def open_images(path, shape):
     """
     The images of a file without labels, uint8 (N,H,W,3) of the given (H,W,3), left on the disk: FILE.npy, or

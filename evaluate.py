@@ -39,7 +39,7 @@ from support.autoattack import FAST, PARTS
 from support.checkpoint import fingerprint, load_checkpoint
 from support.evaluation import DEFAULT
 from support.refusals import refuse
-from support.runs import environment
+from support.describe import environment
 
 # -----------------------------------------------------------------------------
 # flags

@@ -328,3 +328,12 @@ def autocast_dtype(amp, device):
     if amp == 'auto':
         amp = 'bf16' if native else 'fp16' if cuda else 'off'
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
+
+def precision(amp, device):
+    """-> autocast_dtype(amp, device), for a training. Where it is None, convolutions and matrix products are fp32 without
+    TF32."""
+    dtype = autocast_dtype(amp, device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = dtype is not None
+    torch.set_float32_matmul_precision('high' if dtype else 'highest')
+    return dtype

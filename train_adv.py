@@ -8,8 +8,7 @@ $ torchrun --nproc-per-node 8 train_adv.py --loss trades --batch-size 1024 --lr 
 
 The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight
 decay 5e-4, one cycle with cosine annealing to 0.2, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255,
-selection by PGD-20. support/ holds what keeps a run alive (resume, signals, files); nothing in it is about the
-method, and you can read this file without it.
+selection by PGD-20. support/ keeps a run alive; nothing in it is about the method.
 """
 import argparse
 import contextlib
@@ -17,7 +16,6 @@ import copy
 import time
 
 import torch
-import torch.nn.functional as F
 from torch.optim.swa_utils import update_bn
 
 import data
@@ -25,36 +23,35 @@ import models
 from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
 from losses import INNERS, METHODS, TARGETS, Softened, hparams, needs
 from models import bn_branch
-from support import checkpoint, ddp, files, refusals, runs
+from support import checkpoint, ddp, describe, files, refusals, runs, validation
 
 # -----------------------------------------------------------------------------
 # flags. A default of None is filled in below: by the dataset, the method, or the flag beside it
-parser = argparse.ArgumentParser(description=__doc__, epilog=runs.TABLE_HELP, allow_abbrev=False, add_help=False,
+parser = argparse.ArgumentParser(description=__doc__, epilog=describe.TABLE_HELP, allow_abbrev=False, add_help=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
 refusals.one_line(parser)
 files.plain_output()
 
 arg = parser.add_argument_group('method').add_argument
-arg('--loss', default='logit_mse', choices=METHODS, help='the table in README.md; its hyper-parameters are flags, too')
+arg('--loss', default='logit_mse', choices=METHODS, help='see README.md; its hyper-parameters are flags')
 arg('--inner', choices=INNERS, help="what the attack maximises (default: the method's own)")
 arg('--targets', choices=TARGETS, help='soft labels in every cross-entropy to a label')
 arg('--smoothing', type=float, default=0.1, help='of --targets')
 arg('--recipe', default='default', choices=['default', 'paper'], help="paper: the method's own paper's settings")
 arg('--teacher', metavar='PT', help='frozen teacher (default: a standard one, trained if need be)')
 arg('--standard-teacher', metavar='PT', help='second teacher, of iad2 and kd_swa')
-arg('--teacher-model', help='architecture of a teacher file that holds weights only (default: --model)')
+arg('--teacher-model', help='of a teacher file that holds weights only (default: --model)')
 arg('--guide-model', help='architecture of the guide of lbgat (default: --model)')
 arg('--guide-width', type=int, help='its first layer (default: --width)')
 
 arg = parser.add_argument_group('attack, in pixels (0..255)').add_argument
-arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of --norm L2 128, the usual 0.5)")
+arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of L2 128, the usual 0.5)")
 arg('--step-size', type=float, help='default: eps / 4')
 arg('--steps', type=int, default=10)
 arg('--norm', default='Linf', choices=['Linf', 'L2'])
 arg('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='starting point; TRADES and kin: normal')
 arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
-    help='BN while x_adv is crafted: running statistics; those of the attacked batch; these, and they move the running '
-         'ones (Madry, Rice, ARD, IAD, Wong)')
+    help='BN in the attack: running statistics; those of the batch; these, moving the running ones (Madry, Wong)')
 arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
 arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
 arg('--free', type=int, default=0, metavar='M', help='free adversarial training: M updates per batch, no PGD')
@@ -67,7 +64,7 @@ arg('--subset', type=int, metavar='N', help='N training images only: the first')
 arg('--subset-seed', type=int, metavar='SEED', help='... or, with this, drawn at random')
 arg('--extra', metavar='NPZ', help='images without labels')
 arg('--extra-fraction', type=float, default=0.5, help='share of them in every batch')
-arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
+arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
 arg('--normalize', action='store_true', help='standardise images as the first layer of the model')
 arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: ReLU forward, softplus backward')
@@ -75,7 +72,7 @@ arg('--dual-bn', action='store_true', help="AdvProp's auxiliary BN for adversari
 arg('--craft-branch', default='aux', choices=['main', 'aux'], help='of --dual-bn: used by the attack')
 arg('--eval-branch', default='main', choices=['main', 'aux'], help='of --dual-bn: used in validation')
 arg('--bn-order', default='nat-adv', choices=['nat-adv', 'adv-nat', 'nat', 'adv'],
-    help='order of the two student forwards; nat, adv: only that one moves BN statistics')
+    help='order of the student forwards; nat, adv: only that one moves BN statistics')
 arg('--warm-start', metavar='PT', help="start from these weights; 'teacher': from the teacher's")
 
 arg = parser.add_argument_group('optimisation').add_argument
@@ -97,10 +94,10 @@ arg('--seed', type=int, default=0)
 arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='autocast; auto: bf16 where native')
 arg('--compile', action='store_true', help='faster after a minute; a CPU needs a C++ compiler')
 arg('--sync-bn', action='store_true', help='under torchrun: BN statistics of the whole batch')
-arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-..., with every flag that is not at its default')
+arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-..., with every flag that differs')
 arg('--resume', action='store_true', help='continue the run in --out where it was stopped')
 arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
-arg('--dry-run', action='store_true', help='say what would be done and how long it would take, and stop')
+arg('--dry-run', action='store_true', help='say what would be done and how long it takes')
 
 # four layers of defaults, each wins over those before: script, dataset, method, recipe. A flag that is given wins
 first, _ = parser.parse_known_args()
@@ -126,9 +123,7 @@ for name, default in hparams(method.loss).items():
         arg(f'--{name}', type=type(default), default=default, help=f'default {default:g}')
 parser.add_argument('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
-if unknown:
-    takes = ' '.join(f'--{name}' for name in hparams(method.loss)) or 'no hyper-parameter'
-    parser.error(f'unknown argument {unknown[0]}; --loss {args.loss} takes {takes}')
+refusals.unknown(unknown, args.loss, hparams(method.loss))
 hp = {name: getattr(args, name) for name in hparams(method.loss)}
 
 # -----------------------------------------------------------------------------
@@ -141,17 +136,11 @@ shape = dict(width=args.width, activation=args.activation)
 refusals.training(args, method, hp)
 refusals.optimisation(args, world)
 refusals.model(args.model, dual_bn=args.dual_bn, **shape)
-if not args.out:
-    tags = [args.loss, *[f'{name}{value:.4g}' for name, value in hp.items() if value]]
-    args.out = runs.name(args, parser.get_default, known=tags, but=hp)
+args.out = args.out or describe.name(args, parser.get_default, hp)
 refusals.attack(args)
 run = runs.Run(args)
 
-# no dtype: fp32, and then without TF32 either
-dtype = models.autocast_dtype(args.amp, device)
-torch.backends.cudnn.benchmark = True
-torch.backends.cudnn.allow_tf32 = dtype is not None
-torch.set_float32_matmul_precision('high' if dtype else 'highest')
+dtype = models.precision(args.amp, device)                      # None: fp32, and then without TF32 either
 
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed, augment=args.augment,
               device=device)
@@ -166,32 +155,27 @@ guide = None
 if 'guide_logits' in wanted:
     shape['width'] = args.guide_width or args.width
     guide = checkpoint.build(args.guide_model or args.model, d, **shape)
-teacher, standard_teacher, teachers = None, None, {}            # teachers: what is known of them
+roles = []
 if 't_logits' in wanted or 't_logits_adv' in wanted or pseudo_labels:
-    args.teacher = args.teacher or runs.standard_teacher(args)
-    teacher, teachers['teacher'] = checkpoint.load_teacher(args.teacher, args, d, device)
+    roles.append('teacher')
 if 's_logits_adv' in wanted:
-    args.standard_teacher = args.standard_teacher or runs.standard_teacher(args)
-    standard_teacher, teachers['standard_teacher'] = checkpoint.load_teacher(args.standard_teacher, args, d, device)
+    roles.append('standard_teacher')
+networks, teachers = checkpoint.load_teachers(args, roles, d, device)   # teachers: what is known of them
+teacher, standard_teacher = networks.get('teacher'), networks.get('standard_teacher')
 if args.warm_start:
     path = args.teacher if args.warm_start == 'teacher' else args.warm_start
     checkpoint.warm_start(student, path, args.model, d.classes, width=args.width)
-student = student.to(device, memory_format=models.layout(device))
-if guide:
-    guide = guide.to(device, memory_format=models.layout(device))
 if args.sync_bn:
     ddp.sync_bn(student, guide)
 averaged = copy.deepcopy(student) if args.ema or args.swa else None
 
-# the speed block: delete it, and what is left computes the same, slower. Checkpoints and validation use `student`,
-# never `net`. On one AVX2 core the attack is 1.7 times as fast, the update 1.6 times
+# the speed block: delete it, and what is left computes the same, slower. Checkpoints and validation use `student`
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net = torch.compile(student, dynamic=False)
-    guide_net = torch.compile(guide, dynamic=False) if guide else None
-    teacher_net = torch.compile(teacher, dynamic=False) if teacher else None
-    standard_net = torch.compile(standard_teacher, dynamic=False) if standard_teacher else None
+    guide_net, teacher_net, standard_net = [network and torch.compile(network, dynamic=False)
+                                            for network in (guide, teacher, standard_teacher)]
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -204,8 +188,7 @@ if args.schedule == 'step':
     drops = [round(m * total_steps) for m in args.milestones]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
 else:
-    # The paper states momentum 0.9, so it is not cycled. 25 % of warm-up as in HAT's code, which the paper's settings
-    # resemble. OneCycleLR divides by zero for four or fewer steps
+    # momentum is 0.9 in the paper, so not cycled; 25 % of warm-up as in HAT's code. Fewer than 5 steps divide by zero
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps),
                                                     pct_start=0.25, cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -261,8 +244,8 @@ def student_logits(x, kind, moves_bn):
             return logits_of(net, x)
 
 def loss_on(x, x_adv, y, moves_bn=True):
-    """Outer minimisation: method.loss, (B,). Only what the loss asks for is computed. x goes first, then x_adv, unless
-    --bn-order says otherwise. moves_bn=False leaves no trace, in BN statistics or otherwise."""
+    """Outer minimisation: method.loss, (B,). Only what the loss asks for is computed. x goes before x_adv, unless
+    --bn-order says otherwise. moves_bn=False leaves no trace."""
     inputs = {}
     if 'logits' in loss_inputs and args.bn_order != 'adv-nat':
         inputs['logits'] = student_logits(x, 'nat', moves_bn)
@@ -298,10 +281,11 @@ def awp(x, x_adv, y):
         return contextlib.nullcontext()
     def objective():
         return attack_scale * loss_on(x, x_adv.detach(), y, moves_bn=False).mean()
+
     return weights_perturbed(student, objective, gamma=args.awp, average=ddp.average)
 
 def update(x, y):
-    """One step of the optimiser, in --accumulate parts. -> the loss, on the device: .item() would wait for a GPU."""
+    """One step of the optimiser. -> the loss, on the device: .item() would wait for a GPU."""
     global delta
     if args.free and len(delta) == 0:
         delta = torch.zeros_like(x)
@@ -314,7 +298,8 @@ def update(x, y):
             scaler.scale(loss).backward()
         total += loss.detach()
     if args.free:                       # Shafahi et al. 2019: the step is eps
-        delta = (delta + args.eps / 255 * x_adv.grad.nan_to_num(0.0).sign()).clamp(-args.eps / 255, args.eps / 255)
+        eps = args.eps / 255
+        delta = (delta + eps * x_adv.grad.nan_to_num(0.0).sign()).clamp(-eps, eps)
         delta = (x + delta).clamp(0, 1) - x             # as in Wong et al.'s code of it
     ddp.average([p.grad for p in parameters])
     scaler.step(optimizer)
@@ -332,80 +317,47 @@ def move_average(weight):
         else:
             a.copy_(s)
 
-def validate(model, n=None, branch=None):
-    """Clean accuracy, PGD-20 accuracy (%) and mean clean CE on (the first n of) the held-out training images, in fp32:
-    autocast starves the attack on a confident network."""
-    x_val, y_val = d.x_val[:n], d.y_val[:n]
-    correct = torch.zeros(3, device=device)
-    batches = data.batches(x_val[rank::world], y_val[rank::world], data.at_once(500 if device.type == 'cuda' else 50, x_val))
-    with attack_mode(model), bn_branch(model, branch):
-        for x, y in run.progress(batches, 'validation'):
-            def cross_entropy(x_adv):
-                return F.cross_entropy(model(x_adv), y, reduction='none')
-            x_adv = pgd(cross_entropy, x, eps=args.eps / 255, step_size=args.eps / 4 / 255, steps=20, norm=args.norm)
-            with torch.no_grad():
-                logits, logits_adv = model(x), model(x_adv)
-            correct[0] += (logits.argmax(1) == y).sum()
-            correct[1] += (logits_adv.argmax(1) == y).sum()
-            correct[2] += F.cross_entropy(logits, y, reduction='sum')
-    ddp.average([correct])
-    clean, robust, loss = (world * correct / len(y_val)).tolist()
-    return 100 * clean, 100 * robust, loss
+def validate(model):
+    """Clean accuracy, PGD-20 accuracy (%) and mean clean CE on the held-out training images."""
+    return validation.clean_and_pgd(model, d.x_val, d.y_val, eps=args.eps / 255, norm=args.norm,
+                                    branch=args.eval_branch, progress=run.progress)
 
 # -----------------------------------------------------------------------------
 # the run
 epoch, batch, step, averages, best, step_losses = 1, 0, 0, 0, -1.0, []
-delta = torch.zeros(0, device=device)                                        # --free's perturbation
-class_p = class_sum = torch.zeros(0, device=device)
-if 'class_p' in loss_inputs:                                                 # DKL: row c, mean softmax of class c
-    class_p = torch.full((d.classes, d.classes), 1 / d.classes, device=device)
-    class_sum = torch.zeros_like(class_p)
+delta = torch.zeros(0, device=device)                       # --free's perturbation
+K = d.classes if 'class_p' in loss_inputs else 0            # DKL: row c is the mean softmax of class c
+class_p, class_sum = torch.full((K, K), 1 / d.classes, device=device), torch.zeros(K, K, device=device)
 
 def state():
     """All that the next step depends on, beside the flags."""
     return dict(epoch=epoch, batch=batch, step=step, averages=averages, best=best, delta=delta, class_p=class_p,
-                class_sum=class_sum, step_losses=[loss.item() for loss in step_losses], student=student, guide=guide,
-                averaged=averaged, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+                class_sum=class_sum, step_losses=step_losses, student=student, guide=guide, averaged=averaged,
+                optimizer=optimizer, scheduler=scheduler, scaler=scaler)
 
 def pseudo_label(x):
     """(B,): what the teacher takes images without a label for; -1 where the loss asks for none."""
-    if not pseudo_labels:
-        return torch.full((len(x),), -1, device=device)
     with torch.no_grad():
-        return logits_of(teacher_net, x).argmax(1)
+        return logits_of(teacher_net, x).argmax(1) if pseudo_labels else torch.full((len(x),), -1, device=device)
 
 def training_batches():
     """x, y of the rest of this epoch, this process's share of each batch."""
     return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world),
                       extra=extra, n_extra=n_extra, label=pseudo_label)
 
-config = dict(vars(args), hparams=hp, augment=d.augment, data=data.fingerprint(d), classes=d.classes,
-              train_images=len(d.y_train), val_images=len(d.y_val), precision=str(dtype or torch.float32),
-              device_type=device.type, processes=world, extra_labels='teacher' if pseudo_labels else None,
-              teachers=teachers, **runs.environment(device))
-attack = 'no attack' if method.inner is None else f'PGD-{args.steps}, step {args.step_size:g}/255, from {args.init}'
-if args.free:
-    attack = f'free, {args.free} updates per batch'
-if extra is not None:
-    labels = "the teacher's" if pseudo_labels else 'not needed'
-    notes.append(f'{n_extra} images of every batch are from {args.extra}; their labels: {labels}')
-runs.summary(config, f'{args.loss} {hp}; eps {args.eps:g}/255 = {args.eps / 255:.5f} in {args.norm}; {attack}', student, notes)
-with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one line, and what was saved holds
-    for role, network in (('teacher', teacher), ('standard_teacher', standard_teacher)):
-        if network is not None:
-            clean, robust, loss = validate(network, n := min(100, len(d.y_val)))
-            checkpoint.check_teacher(teachers[role], clean, robust, loss, n)
+config = dict(vars(args), hparams=hp, teachers=teachers, extra_labels='teacher' if pseudo_labels else None,
+              precision=str(dtype or torch.float32), processes=world, **data.facts(d), **describe.environment(device))
+describe.summary(config, student, notes)
+with run.guarded():             # Ctrl-C, full disk, out of memory: one line, and what was saved holds
+    checkpoint.check_teachers(networks, teachers, args, d)
     saved = run.begin(config, state)
     if saved:
         epoch, batch, step, averages = (saved[k] for k in ('epoch', 'batch', 'step', 'averages'))
-        best, step_losses = saved['best'], [torch.tensor(loss, device=device) for loss in saved['step_losses']]
+        best, step_losses = saved['best'], list(torch.tensor(saved['step_losses'], device=device))
         delta, class_p, class_sum = (saved[k].to(device) for k in ('delta', 'class_p', 'class_sum'))
-        files.say(f'continuing in epoch {epoch}, after batch {batch}')
     if args.dry_run:
         student.train()
-        few = min(20, len(d.y_val))
-        run.estimate(update, training_batches(), lambda: validate(student, few), steps=total_steps,
-                     validations=args.epochs * len(d.y_val) / few)
+        run.estimate(update, training_batches(), validate, student, steps=total_steps, validations=args.epochs)
 
     while epoch <= args.epochs:
         student.train()
@@ -423,8 +375,7 @@ with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one
         img_per_s = images / (time.perf_counter() - t0)
 
         # of several processes: one mean loss, one set of BN statistics, one of DKL
-        networks = [network for network in (student, guide, averaged) if network is not None]
-        ddp.average([losses, class_sum, *(buffer for network in networks for buffer in network.buffers())])
+        ddp.average([losses, class_sum, *ddp.buffers(student, guide, averaged)])
         if 'class_p' in loss_inputs:
             seen = class_sum.sum(1, keepdim=True)
             class_p = torch.where(seen > 0, class_sum / seen, class_p)
@@ -432,16 +383,15 @@ with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one
         if args.swa and epoch > args.swa * args.epochs:
             averages += 1
             move_average(1 / averages)
-            update_bn(data.epoch(d, args.batch_size, args.seed, epoch), averaged)     # of its own activations, on x
+            update_bn(data.epoch(d, args.batch_size, args.seed, epoch), averaged)       # on x
         model = averaged if args.ema or averages else student                   # what is judged and kept
-        clean, robust, val_loss = validate(model, branch=args.eval_branch)
+        clean, robust, val_loss = validate(model)
         runs.check_finite(losses, val_loss, epoch)
         score = robust if method.inner else clean       # held-out training images: the test set takes no part
         rule = f'{"PGD-20" if method.inner else "clean accuracy"} on {len(d.y_val)} held-out training images'
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
-                val_pgd20=robust, img_per_s=img_per_s, peak_gib=runs.peak_gib(device))
-        known = dict(loss=args.loss, hparams=hp, dataset=args.dataset, eps=args.eps, norm=args.norm, epoch=epoch,
-                     val_clean=clean, val_pgd20=robust, **teachers)
+                val_pgd20=robust, img_per_s=img_per_s, peak_gib=describe.peak_gib(device))
+        known = dict(epoch=epoch, val_clean=clean, val_pgd20=robust, **teachers)
         if score >= best:                               # ties go to the later, more annealed epoch
             best = score
             run.save_model('best.pt', model, selected_by=rule, **known)

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 
 import data
 import models
-from support import checkpoint, ddp, files, refusals, runs
+from support import checkpoint, ddp, describe, files, refusals, runs
 
 # -----------------------------------------------------------------------------
 # flags, as those of train_adv.py
-parser = argparse.ArgumentParser(description=__doc__, epilog=runs.TABLE_HELP, allow_abbrev=False,
+parser = argparse.ArgumentParser(description=__doc__, epilog=describe.TABLE_HELP, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
 refusals.one_line(parser)
 files.plain_output()
@@ -68,13 +68,10 @@ rank, world, device = ddp.init()
 shape = dict(width=args.width, activation=args.activation)
 refusals.optimisation(args, world)
 refusals.model(args.model, **shape)
-args.out = args.out or runs.teacher_folder(args, parser.get_default)
+args.out = args.out or describe.teacher_folder(args, parser.get_default)
 run = runs.Run(args)
 
-dtype = models.autocast_dtype(args.amp, device)                 # None: fp32, and then without TF32 either
-torch.backends.cudnn.benchmark = True
-torch.backends.cudnn.allow_tf32 = dtype is not None
-torch.set_float32_matmul_precision('high' if dtype else 'highest')
+dtype = models.precision(args.amp, device)                      # None: fp32, and then without TF32 either
 
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed, augment=args.augment,
               device=device)
@@ -82,7 +79,7 @@ notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
 torch.manual_seed(args.seed)
-model = checkpoint.build(args.model, d, **shape).to(device, memory_format=models.layout(device))
+model = checkpoint.build(args.model, d, **shape)
 if args.sync_bn:
     ddp.sync_bn(model)
 net = torch.compile(model, dynamic=False) if args.compile else model       # checkpoints hold `model`, never `net`
@@ -122,7 +119,7 @@ def update(x, y):
     return total
 
 @torch.no_grad()
-def validate():
+def validate(model):
     """Accuracy in percent and mean CE on the held-out training images; eager, without autocast."""
     model.eval()
     correct = torch.zeros(2, device=device)
@@ -140,26 +137,24 @@ epoch, batch, best, step_losses = 1, 0, -1.0, []
 
 def state():
     """All that the next step depends on, beside the flags."""
-    return dict(epoch=epoch, batch=batch, best=best, step_losses=[loss.item() for loss in step_losses], model=model,
+    return dict(epoch=epoch, batch=batch, best=best, step_losses=step_losses, model=model,
                 optimizer=optimizer, scheduler=scheduler, scaler=scaler)
 
 def training_batches():
     """x, y of the rest of this epoch, this process's share of each batch."""
     return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world))
 
-config = dict(vars(args), loss='standard', augment=d.augment, data=data.fingerprint(d), classes=d.classes,
-              train_images=len(d.y_train), val_images=len(d.y_val), precision=str(dtype or torch.float32),
-              device_type=device.type, processes=world, **runs.environment(device))
-runs.summary(config, 'standard training: cross-entropy to the label, no attack', model, notes)
+config = dict(vars(args), loss='standard', precision=str(dtype or torch.float32), processes=world, **data.facts(d),
+              **describe.environment(device))
+describe.summary(config, model, notes)
 with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one line, and what was saved holds
     saved = run.begin(config, state)
     if saved:
         epoch, batch, best = saved['epoch'], saved['batch'], saved['best']
-        step_losses = [torch.tensor(loss, device=device) for loss in saved['step_losses']]
-        files.say(f'continuing in epoch {epoch}, after batch {batch}')
+        step_losses = list(torch.tensor(saved['step_losses'], device=device))
     if args.dry_run:
         model.train()
-        run.estimate(update, training_batches(), validate, steps=total_steps, validations=args.epochs)
+        run.estimate(update, training_batches(), validate, model, steps=total_steps, validations=args.epochs)
 
     while epoch <= args.epochs:
         model.train()
@@ -173,11 +168,11 @@ with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one
         img_per_s = images / (time.perf_counter() - t0)
 
         ddp.average([losses, *model.buffers()])     # of several processes: one mean loss, one set of BN statistics
-        clean, val_loss = validate()
+        clean, val_loss = validate(model)
         runs.check_finite(losses, val_loss, epoch)
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
-                img_per_s=img_per_s, peak_gib=runs.peak_gib(device))
-        known = dict(loss='standard', dataset=args.dataset, epoch=epoch, val_clean=clean)
+                img_per_s=img_per_s, peak_gib=describe.peak_gib(device))
+        known = dict(epoch=epoch, val_clean=clean)
         if clean >= best:                           # held-out training images: the test set takes no part
             best = clean
             run.save_model('best.pt', model, selected_by=f'clean accuracy on {len(d.y_val)} held-out training images',

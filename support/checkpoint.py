@@ -7,13 +7,18 @@ Checkpoints: what build() needs to make the network again, its weights, and what
 """
 import hashlib
 import math
+import os
+import subprocess
+import sys
+import time
 
 import torch
 
-from support import foreign
+import models
+from support import ddp, describe, files, foreign
 from support.files import Refused, save, say
 from support.foreign import from_file
-import models
+from support.validation import clean_and_pgd
 
 def fingerprint(net):
     """sha256 of weights, normalisation and activation, 16 hex digits: the same function, the same
@@ -122,13 +127,19 @@ def load_checkpoint(path, name=None, num_classes=None, **options):
     return net, {'weights': text}
 
 def build(name, d, **shape):
-    """A new network for the data d: models.build's name, or FILE.py:FUNCTION. Raises Refused."""
-    if '.py:' in name:
-        return from_file(name, d.classes)
+    """A new network for the data d, on their device: models.build's name, or FILE.py:FUNCTION. Raises Refused."""
+    device = d.y_train.device
     try:
-        return models.build(name, d.classes, channels=d.x_train.shape[-1], **shape)
+        if '.py:' in name:
+            net = from_file(name, d.classes)
+        else:
+            net = models.build(name, d.classes, channels=d.x_train.shape[-1], **shape)
     except ValueError as e:
         raise Refused(f'--model: {e}') from e
+    return net.to(device, memory_format=models.layout(device))
+
+# -----------------------------------------------------------------------------
+# teachers
 
 def load_teacher(path, args, d, device):
     """-> the frozen network in path, on the device, and what the student's checkpoint says of it. Raises Refused."""
@@ -142,18 +153,72 @@ def load_teacher(path, args, d, device):
     return net, dict(path=path, fingerprint=fingerprint(net), trained_with=meta.get('loss'),
                      stored_clean=meta.get('val_clean'))
 
-def check_teacher(about, clean, robust, loss, n):
-    """After its validation on n held-out images: completes about, prints a line, and refuses a teacher that gives no
-    numbers, or is so far below the accuracy stored in it that chance does not explain it (four standard deviations):
-    then labels, order of classes or normalisation are others than in its training."""
-    path, stored = about['path'], about['stored_clean']
-    if not math.isfinite(loss):
-        raise Refused(f'the teacher {path} gives non-finite logits on {n} held-out images: train another')
-    about.update(val_clean=clean, val_pgd20=robust, val_n=n)
-    say(f'teacher {path} ({about["fingerprint"]}): {clean:.1f} % clean, {robust:.1f} % under PGD-20 on {n} held-out '
-        'images')
-    if stored is not None:
+def load_teachers(args, roles, d, device):
+    """roles: flags of train_adv.py, 'teacher' and 'standard_teacher', that name files; where a flag is None it is set
+    to the standard teacher, which is trained if need be. -> {role: network}, {role: what is known of it}. --dry-run
+    trains none, and takes an untrained network to measure with."""
+    networks, known = {}, {}
+    for role in roles:
+        path = getattr(args, role) or standard_teacher(args)
+        setattr(args, role, path)
+        if path:
+            networks[role], known[role] = load_teacher(path, args, d, device)
+        else:
+            networks[role] = build(args.model, d, width=args.width).eval().requires_grad_(False)
+    return networks, known
+
+def check_teachers(networks, known, args, d):
+    """Validates the teachers on up to 100 held-out images, completes known, and prints a line each. Refuses one that
+    gives no numbers, or is so far below the accuracy stored in it that chance does not explain it (four standard
+    deviations): then labels, order of classes or normalisation are others than in its training."""
+    for role, about in known.items():
+        path, stored, n = about['path'], about['stored_clean'], min(100, len(d.y_val))
+        clean, robust, loss = clean_and_pgd(networks[role], d.x_val[:n], d.y_val[:n], eps=args.eps / 255,
+                                            norm=args.norm)
+        if not math.isfinite(loss):
+            raise Refused(f'the teacher {path} gives non-finite logits on {n} held-out images: train another')
+        about.update(val_clean=clean, val_pgd20=robust, val_n=n)
+        say(f'{role.replace("_", " ")} {path} ({about["fingerprint"]}): {clean:.1f} % clean, {robust:.1f} % under '
+            f'PGD-20 on {n} held-out images')
+        if stored is None:
+            continue
         p = min(max(stored / 100, 0.02), 0.98)
         if clean < stored - 400 * math.sqrt(p * (1 - p) / n):
-            raise Refused(f'the teacher {path} has {clean:.1f} % on {n} held-out images and had {stored:.1f} % in its own '
-                          'training: other labels, another order of classes or another normalisation?')
+            raise Refused(f'the teacher {path} has {clean:.1f} % on {n} held-out images and had {stored:.1f} % in its '
+                          'own training: other labels, another order of classes or another normalisation?')
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+def standard_teacher(args):
+    """Path of this dataset's and model's standard teacher, trained now if need be (Al-Najjar et al., section 3: "it is
+    feasible to train our own teacher model"); --dry-run trains none, and returns None. Where another run is training
+    it, waits. Raises Refused where several processes would train it."""
+    flags = [f'--{flag.replace("_", "-")}={getattr(args, flag)}' for flag in ('dataset', 'data_dir', 'model', 'amp')]
+    for flag in ('width', 'subset', 'subset_seed', 'augment'):
+        if getattr(args, flag) is not None:
+            flags.append(f'--{flag.replace("_", "-")}={getattr(args, flag)}')
+    if args.normalize:
+        flags.append('--normalize')
+    folder = describe.teacher_folder(args, {}.get, only=('normalize', 'subset_seed', 'augment'))
+    path, waiting = f'{folder}/best.pt', False
+    while True:
+        if files.is_locked(folder):
+            if not waiting:
+                say(f'no teacher given: waiting for the one that another run trains in {folder}')
+            waiting = True
+            time.sleep(2)
+            continue
+        last = read(f'{folder}/last.pt') if os.path.exists(f'{folder}/last.pt') else None
+        if last and last['epoch'] == last['run']['epochs']:
+            say(f'no teacher given: taking {path}, trained earlier')
+            return path
+        if ddp.world_size() > 1:
+            raise Refused(f'no teacher given, and none in {folder}: train it first, with train_teacher.py')
+        if args.dry_run:
+            say(f'no teacher given, and none in {folder} that is finished: it would be trained first')
+            return None
+        say(f'no teacher given, and none in {folder} that is finished: training it first')
+        command = [sys.executable, os.path.join(ROOT, 'train_teacher.py'), *flags, f'--out={folder}', '--resume']
+        status = subprocess.run(command).returncode
+        if status and not files.is_locked(folder):        # another run may have been quicker
+            sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')

@@ -32,6 +32,9 @@ def init():
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
 def any_rank(*flags):
     """Each of the flags, true if it is true in any process: all act in the same step."""
     if world_size() == 1:
@@ -47,6 +50,10 @@ def gather(thing):
     things = [None] * world_size()
     dist.all_gather_object(things, thing)
     return things
+
+def buffers(*networks):
+    """BN statistics and the like of all of them; a network may be None."""
+    return [buffer for net in networks if net for buffer in net.buffers()]
 
 @torch.no_grad()
 def average(tensors):

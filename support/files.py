@@ -9,6 +9,11 @@ import sys
 
 import torch
 
+try:
+    import fcntl
+except ImportError:             # Windows: nobody warns of two runs in one folder
+    fcntl = None
+
 class Refused(Exception):
     """Wrong input. Its text is one line that says what to do; a script prints it and ends with status 2. Never raised
     for a fault of our own, which keeps its traceback."""
@@ -36,6 +41,22 @@ def save(path, content):
             torch.save(content, tmp)
         except RuntimeError as e:           # torch.save's word for a full disk
             raise OSError(errno.EIO, str(e)) from e
+
+def lock(file):
+    """Lock an open file until this process ends, however; false if another process holds it."""
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+def is_locked(folder):
+    """Is a run at work in it?"""
+    if not os.path.exists(f'{folder}/.lock'):
+        return False
+    with open(f'{folder}/.lock', 'r+') as f:        # closing it lets go again
+        return not lock(f)
 
 # -----------------------------------------------------------------------------
 # the screen

@@ -29,6 +29,12 @@ def one_line(parser):
     parser.error = error
     sys.excepthook = hook
 
+def unknown(arguments, loss, hparams):
+    """arguments: those that train_adv.py does not know."""
+    if arguments:
+        takes = ' '.join(f'--{name}' for name in hparams) or 'no hyper-parameter'
+        refuse(f'unknown argument {arguments[0]}; --loss {loss} takes {takes}')
+
 def numbers(args, low, high, *flags):
     """Refuses the flags that are not numbers from low to high; those that are None are left alone."""
     for flag in flags:

@@ -13,19 +13,15 @@ full disks and closed terminals.
         run.save_state(state)
         run.finish()
 """
-import argparse
+import atexit
 import contextlib
 import errno
 import glob
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -33,108 +29,11 @@ import time
 import torch
 from tqdm import tqdm
 
-from support import autoattack, checkpoint, ddp
+from support import checkpoint, ddp, describe, files
 from support.files import Refused, atomic, save, say
-
-try:
-    import fcntl
-except ImportError:             # Windows: nobody warns of two runs in one folder
-    fcntl = None
-
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-# -----------------------------------------------------------------------------
-# names, and what a number depends on beside the flags
-
-# may differ when a run is continued: where it lies and how it is watched, and the versions and names of the machine
-NOT_THE_RUN = {'out', 'data_dir', 'resume', 'save_minutes', 'dry_run', 'device', 'torch', 'torchvision', 'numpy',
-               'python', 'autoattack', 'pyautoattack'}
-
-def name(args, defaults, known=(), but=()):
-    """runs/..., with every flag in it that is not at its default. known: text that stands in any case;
-    but: flags that it covers."""
-    shown = {'loss', 'dataset', 'model', 'width', 'subset', 'seed', *but, *NOT_THE_RUN}
-    tags = [args.dataset, os.path.basename(args.model).replace('.py:', '-')]
-    if args.width:
-        tags.append(f'w{args.width}')
-    if args.subset:
-        tags.append(f'n{args.subset}')
-    tags += known
-    for flag, value in vars(args).items():
-        if flag in shown or value == defaults(flag):
-            continue
-        if value is True or value is False:
-            tags.append(flag if value else f'no_{flag}')
-        elif isinstance(value, str):                # of a path its last two parts
-            tags.append(flag + '-'.join(value.split(os.sep)[-2:]))
-        elif isinstance(value, list):
-            tags.append(flag + '-'.join(map(str, value)))
-        else:
-            tags.append(f'{flag}{value:.6g}')
-    text = '-'.join(tags).replace('/', '-').replace(' ', '_')
-    if len(text) > 180:                             # a file system has 255
-        text = f'{text[:160]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}'
-    return f'runs/{text}' if args.seed is None else f'runs/{text}-s{args.seed}'
-
-def teacher_folder(args, defaults, only=None):
-    """Where train_teacher.py with these flags puts its run: a student looks there. only: the flags that count."""
-    if only:
-        args = argparse.Namespace(dataset=args.dataset, model=args.model, width=args.width, subset=args.subset,
-                                  **{flag: getattr(args, flag) or None for flag in only})
-    text = name(argparse.Namespace(**dict(vars(args), seed=None)), lambda flag: None if flag == 'seed' else defaults(flag))
-    seed = vars(args).get('seed', 0)
-    return f'{text}-teacher' + (f'-s{seed}' if seed else '')
-
-def environment(device):
-    """Versions and hardware: what a number depends on and a command line does not say."""
-    cuda = device.type == 'cuda'
-    versions = {name: importlib.metadata.version(name) for name in ('torchvision', 'numpy')}
-    with contextlib.suppress(ImportError):                  # training does not need it
-        package, version = autoattack.package()
-        versions[package] = version
-    return dict(versions, torch=str(torch.__version__), python=platform.python_version(),
-                tf32=cuda and torch.backends.cudnn.allow_tf32,
-                device=torch.cuda.get_device_name(device) if cuda else
-                f'CPU, {torch.get_num_threads()} threads')
-
-def peak_gib(device):
-    """The most memory held so far: of the GPU, or of this process."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    try:
-        import resource
-    except ImportError:                     # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == 'darwin' else 20)
-
-def summary(config, what, net, notes=()):
-    """The first thing on the screen: what will be trained, in five lines. what: the loss and its attack, in words."""
-    say(what,
-        f'data: {config["dataset"]}, {config["train_images"]} training images, augmentation {config["augment"]}; '
-        f'{config["val_images"]} more held out for selection; {config["classes"]} classes',
-        f'model: {config["model"]}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} million weights'
-        + (f', width {config["width"]}' if config['width'] else ''),
-        f'optimiser: SGD, lr {config["lr"]:g}, {config["schedule"]}, weight decay {config["weight_decay"]:g}; '
-        f'{config["epochs"]} epochs of batches of {config["batch_size"]}, seed {config["seed"]}',
-        f'{config["precision"].replace("torch.", "")} on {config["device"]}'
-        + (', compiled: the first step takes a minute' if config['compile'] else '') + f'; folder {config["out"]}',
-        *[note for note in notes if note])
 
 # -----------------------------------------------------------------------------
 # a run and its folder
-
-# the table's columns: how each is shown, and what it is
-COLUMNS = {
-    'epoch': ('d', 'of --epochs'),
-    'lr': ('.4f', 'learning rate at its end'),
-    'loss': ('.4f', 'mean training loss'),
-    'val_clean': ('.2f', 'accuracy on the held-out training images, %'),
-    'val_pgd20': ('.2f', 'the same under PGD-20'),
-    'img_per_s': ('.0f', 'training images per second, without validation'),
-    'peak_gib': ('.2f', 'most memory held so far, GiB'),
-    'min_left': ('.1f', "minutes left, from the last epoch's time with its validation"),
-}
-TABLE_HELP = 'The table, a row per epoch: ' + '; '.join(f'{name}: {what}' for name, (_, what) in COLUMNS.items()) + '.'
 
 class Stopped(Exception):
     """A signal asked for the end, and the state is saved."""
@@ -143,7 +42,7 @@ class Run:
     """args: of a training script; out, resume, save_minutes, dry_run, epochs, batch_size and accumulate are read.
     Raises Refused if another run is at work in the folder, or has been and is not to be continued."""
     def __init__(self, args):
-        self.args, self.folder, self.rank = args, args.out, torch.distributed.get_rank() if ddp.world_size() > 1 else 0
+        self.args, self.folder, self.rank = args, args.out, ddp.rank()
         self.stop_asked = False
         self.rows, self.seconds_before, self.begun = [], 0.0, time.perf_counter()
         self.saved_at = self.row_at = self.begun
@@ -152,14 +51,13 @@ class Run:
             self._open()
 
     def _open(self):
+        if not os.path.exists(self.folder):
+            atexit.register(self._remove_if_empty)
         try:
             os.makedirs(self.folder, exist_ok=True)
             self.lock = open(f'{self.folder}/.lock', 'w')           # held until the process ends, however
-            if fcntl:
-                try:
-                    fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except (BlockingIOError, PermissionError):
-                    raise Refused(f'another run is at work in {self.folder}: choose another --out') from None
+            if not files.lock(self.lock):
+                raise Refused(f'another run is at work in {self.folder}: choose another --out')
             for left_over in glob.glob(f'{glob.escape(self.folder)}/.*.tmp'):       # of a killed save
                 os.remove(left_over)
             if not self.args.resume:
@@ -173,6 +71,13 @@ class Run:
             os.remove(f'{self.folder}/.writable')
         except OSError as e:
             raise Refused(f'cannot write {self.folder}: {e.strerror}') from e
+
+    def _remove_if_empty(self):
+        """A run that was refused after its folder was made leaves none."""
+        with contextlib.suppress(OSError):
+            if os.listdir(self.folder) == ['.lock']:
+                os.remove(f'{self.folder}/.lock')
+                os.rmdir(self.folder)
 
     def begin(self, config, state):
         """config: the flags, the data's and teachers' fingerprints, versions: the first line of the log. state(): the
@@ -199,7 +104,7 @@ class Run:
         return saved
 
     def _compare(self, old, what):
-        for k in sorted((old.keys() | self.config.keys()) - NOT_THE_RUN):
+        for k in sorted((old.keys() | self.config.keys()) - describe.NOT_THE_RUN):
             if old.get(k) != self.config.get(k):
                 raise Refused(f'--resume: {self.folder} {what} {k.replace("_", "-")} {old.get(k)}, '
                               f'not {self.config.get(k)}: choose another --out')
@@ -237,6 +142,7 @@ class Run:
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(mine['cuda_noise'])
         self.rows, self.seconds_before = saved['rows'], saved['seconds']
+        say(f'continuing in epoch {mine["values"]["epoch"]}, after batch {mine["values"]["batch"]}')
         return mine['values']
 
     def save_state(self, state):
@@ -247,6 +153,8 @@ class Run:
         shared = {k: v.state_dict() for k, v in state.items() if hasattr(v, 'state_dict')}
         values = {k: v.cpu() if isinstance(v, torch.Tensor) else v
                   for k, v in state.items() if k not in shared and v is not None}
+        if values['step_losses']:               # one wait for a GPU, not one per step
+            values['step_losses'] = torch.stack(values['step_losses']).tolist()
         sound = all(bool(p.isfinite().all()) for module in modules.values() for p in module.parameters())
         sound = sound and all(math.isfinite(v) for v in values['step_losses'])
         broken, = ddp.any_rank(not sound)
@@ -286,7 +194,7 @@ class Run:
         if not self.rows or self.header:
             say(' '.join(k.rjust(9) for k in values))
         self.header = False
-        say(' '.join(format(v, COLUMNS[k][0]).rjust(9) for k, v in values.items()))
+        say(' '.join(format(v, describe.COLUMNS[k][0]).rjust(9) for k, v in values.items()))
         self.rows.append(values)
         if self.rank == 0:
             with open(f'{self.folder}/log.jsonl', 'a') as f:
@@ -294,7 +202,7 @@ class Run:
 
     header = True
 
-    def progress(self, things, what, total=None, initial=0):
+    def progress(self, things, what='validation', total=None, initial=0):
         """things, one by one, with a bar on a terminal; without one, a line at least every 30 seconds."""
         self.at = f'in {what}'
         bar = tqdm(things, desc=what, total=total, initial=initial, leave=False,
@@ -307,8 +215,8 @@ class Run:
                 say(f'{what}: {k} of {total}')
             yield thing
 
-    def estimate(self, update, batches, validate, steps, validations):
-        """--dry-run: times a few steps and validate(), says how long all of it takes, and ends the script. steps,
+    def estimate(self, update, batches, validate, net, steps, validations):
+        """--dry-run: times a few steps and validate(net), says how long all of it takes, and ends the script. steps,
         validations: how many there are in the whole training."""
         x, y = next(batches)
         update(x, y)                                # compilation, and what is done once
@@ -317,7 +225,7 @@ class Run:
             update(x, y).item()
         step = (time.perf_counter() - t0) / 3
         t0 = time.perf_counter()
-        validate()
+        validate(net)
         minutes = (steps * step + validations * (time.perf_counter() - t0)) / 60
         say(f'{steps} steps of {step:.2f} s, and validation: about {minutes:.0f} minutes ({minutes / 60:.1f} hours). '
             'Nothing was written')
@@ -326,13 +234,15 @@ class Run:
     # --- the models
 
     def save_model(self, name, net, **meta):
+        """net and what is known of it; of the configuration, what others ask for by name stands beside it."""
         if self.rank == 0:
-            checkpoint.save_checkpoint(f'{self.folder}/{name}', net, run=self.config, **meta)
+            shown = {k: self.config[k] for k in ('loss', 'hparams', 'dataset', 'eps', 'norm') if k in self.config}
+            checkpoint.save_checkpoint(f'{self.folder}/{name}', net, run=self.config, **shown, **meta)
 
     def finish(self):
         """The curves; a finished run needs no state."""
         if self.rank == 0:
-            draw_curves(self.rows, f'{self.folder}/training.png')
+            describe.draw_curves(self.rows, f'{self.folder}/training.png')
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f'{self.folder}/state.pt')
         command = shlex.join(['python', 'evaluate.py', f'{self.folder}/best.pt'])
@@ -397,64 +307,3 @@ def check_finite(losses, val_loss, epoch):
     if len(bad) or not math.isfinite(val_loss):     # a last update that broke the weights shows in val_loss only
         batch = int(bad[0]) + 1 if len(bad) else len(losses)
         raise FloatingPointError(f'non-finite loss in epoch {epoch}, batch {batch}')
-
-def draw_curves(rows, path):
-    """Accuracy on the hold-out and the loss against the epoch, as PNG, distinguishable in grey."""
-    from matplotlib.figure import Figure            # no pyplot: no window, no backend, no global state
-    figure = Figure(figsize=(8, 3.5), layout='constrained')
-    accuracy, loss = figure.subplots(1, 2)
-    epochs = [row['epoch'] for row in rows]
-    for column, style in (('val_clean', 'o-'), ('val_pgd20', 's--')):
-        if column in rows[0]:
-            accuracy.plot(epochs, [row[column] for row in rows], style, color='black', markersize=3, label=column)
-    accuracy.set(xlabel='epoch', ylabel='accuracy on the hold-out, %', ylim=(0, 100))
-    accuracy.legend()
-    loss.plot(epochs, [row['loss'] for row in rows], '^:', color='black', markersize=3)
-    loss.set(xlabel='epoch', ylabel='training loss')
-    with atomic(path) as tmp:
-        figure.savefig(tmp, format='png', dpi=150)
-
-# -----------------------------------------------------------------------------
-# the standard teacher of a student that was given none
-
-def is_locked(folder):
-    """Is a run at work in it?"""
-    if not fcntl or not os.path.exists(f'{folder}/.lock'):
-        return False
-    with open(f'{folder}/.lock', 'r+') as f:
-        try:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-    return False
-
-def standard_teacher(args):
-    """Path of this dataset's and model's standard teacher, trained now if need be (Al-Najjar et al., section 3: "it is
-    feasible to train our own teacher model"). Where another run is training it, waits. Raises Refused where several
-    processes would train it."""
-    flags = [f'--{flag.replace("_", "-")}={getattr(args, flag)}' for flag in ('dataset', 'data_dir', 'model', 'amp')]
-    for flag in ('width', 'subset', 'subset_seed', 'augment'):
-        if getattr(args, flag) is not None:
-            flags.append(f'--{flag.replace("_", "-")}={getattr(args, flag)}')
-    if args.normalize:
-        flags.append('--normalize')
-    folder = teacher_folder(args, {}.get, only=('normalize', 'subset_seed', 'augment'))
-    path, waiting = f'{folder}/best.pt', False
-    while True:
-        if is_locked(folder):
-            if not waiting:
-                say(f'no teacher given: waiting for the one that another run trains in {folder}')
-            waiting = True
-            time.sleep(2)
-            continue
-        last = checkpoint.read(f'{folder}/last.pt') if os.path.exists(f'{folder}/last.pt') else None
-        if last and last['epoch'] == last['run']['epochs']:
-            say(f'no teacher given: taking {path}, trained earlier')
-            return path
-        if ddp.world_size() > 1:
-            raise Refused(f'no teacher given, and none in {folder}: train it first, with train_teacher.py')
-        say(f'no teacher given, and none in {folder} that is finished: training it first')
-        command = [sys.executable, os.path.join(ROOT, 'train_teacher.py'), *flags, f'--out={folder}', '--resume']
-        status = subprocess.run(command).returncode
-        if status and not is_locked(folder):        # another run may have been quicker
-            sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')

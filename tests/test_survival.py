@@ -200,13 +200,13 @@ def test_other_training_data_are_refused(tmp_path):
         assert done.returncode == 2 and 'was started with' in done.stderr and done.stderr.count('\n') == 1
 
 def test_a_state_that_is_no_number_does_not_replace_a_good_one(tmp_path):
-    run, net, losses = runs.Run(arguments(tmp_path)), torch.nn.Linear(2, 2), [1.0]
+    run, net, losses = runs.Run(arguments(tmp_path)), torch.nn.Linear(2, 2), [torch.tensor(1.0)]
     run.config = {}
     def state():
         return dict(epoch=1, step_losses=losses, net=net)
     run.save_state(state)
     good = (tmp_path / 'state.pt').read_bytes()
-    losses.append(float('nan'))
+    losses.append(torch.tensor(float('nan')))
     with pytest.raises(FloatingPointError, match='before the first epoch'):
         run.save_state(state)
     losses.clear()

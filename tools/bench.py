@@ -29,7 +29,7 @@ import torch
 import models
 from losses import METHODS, hparams, needs
 from support.files import atomic
-from support.runs import environment
+from support.describe import environment
 from tools import steps
 from tools.steps import Setting, Tricks
 
