@@ -1,37 +1,91 @@
-"""bench.py as a user runs it; what it times computes the same as the plain implementation
-and as train_adv.py."""
-import json, subprocess, sys
+"""
+tools/bench.py as a user runs it; what it times computes the same as the plain implementation and as train_adv.py.
+"""
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import losses
 import models
 from test_smoke import HERE, TINY, X, Y, run
+from tools import scaling, steps
+from tools.steps import Tricks
 
-SMALL = '--model wrn-10-1 --width 8 --batch-size 6 --steps 3 --seconds 1'.split()    # compiled in seconds
+SMALL = '--model wrn-10-1 --width 8 --batch-size 6 --steps 3'.split()           # compiled in seconds
 X = 0.1 + 0.8 * X
 
-@pytest.fixture(scope='module', params=['trades', 'logit_mse'])
-def script(request):
-    return run('tools/bench.py', '--loss', request.param, *SMALL, '--seconds', 0.001)
+# what the repository of TRADES has under this name, in short: it asks for a GPU
+AUTHORS = '''
+import torch
+import torch.nn.functional as F
+
+def trades_loss(model, x_natural, y, optimizer, step_size, epsilon, perturb_steps, beta):
+    noise = 0.001 * torch.randn(x_natural.shape).cuda()
+    optimizer.zero_grad()
+    return F.cross_entropy(model((x_natural + noise).clamp(0, 1)), y)
+'''
 
 def test_as_a_user_runs_it(tmp_path):
-    done = subprocess.run([sys.executable, 'tools/bench.py', '--loss', 'logit_mse', '--beta', '0.2', *SMALL,
+    (tmp_path / 'trades.py').write_text(AUTHORS)
+    done = subprocess.run([sys.executable, '-m', 'tools.bench', '--loss', 'trades', *SMALL, '--seconds', '0.5',
+                           '--authors', tmp_path / 'trades.py', '--add', 'folded', 'fused', '--profile',
                            '--json', tmp_path / 'b.json'], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'b.json').read_text())
     rows = report['rows']
+    assert {'plain', 'fast', "TRADES' authors", 'fast + folded + fused', 'evaluation, compiled'} < set(rows)
     assert all(row[k] > 0 for row in rows.values() for k in
                ('images_per_s', 'ratio', 'mflop_per_image', 'gflop_per_s', 'share_of_peak'))
     pairs = zip(rows['fast']['rounds'], rows['plain']['rounds'])
     assert report['ratio'] == rows['fast']['ratio'] == sorted(a / b for a, b in pairs)[2]
-    assert rows['plain']['ratio'] == 1 and report['peak_rss_mib'] > 0
+    assert rows['plain']['ratio'] == 1 and report['peak_rss_mib'] > 0 and not report['failed']
     assert f"fast is {report['ratio']:.2f} times plain" in done.stdout
+    assert 'one fast step:' in done.stdout and report['profile']['kinds']['aten::mkldnn_convolution'] > 0
+    # a line per row as it goes: warm, and in each of five rounds
+    assert all(done.stdout.count(f'\n{name:<28} r') == 6 for name in rows)
+
+def test_a_trick_that_fails_is_a_line_and_not_the_end(monkeypatch, capsys):
+    def ours(setting, tricks):
+        def broken(x, y):
+            raise RuntimeError('no such kernel\nand more')
+        return None, None, broken if tricks.fused else fine
+    fine = lambda x, y: None
+    monkeypatch.setattr(steps, 'ours', ours)
+    monkeypatch.setattr(steps, 'plain', lambda setting: (None, None, fine))
+    monkeypatch.setattr(steps, 'evaluation', lambda setting, tricks: fine)
+    script = run('tools/bench.py', '--loss', 'trades', *SMALL, '--seconds', 0.001, '--add', 'fused')
+    assert 'fast + fused' not in script['rows'] and 'fast' in script['rows']
+    assert f'{"fast + fused":<28} FAILED: RuntimeError: no such kernel\n' in capsys.readouterr().out
+
+def test_tricks_are_each_alone_and_each_left_out(monkeypatch):
+    asked = []
+    def ours(setting, tricks):
+        asked.append(tricks)
+        return None, None, lambda x, y: None
+    monkeypatch.setattr(steps, 'ours', ours)
+    monkeypatch.setattr(steps, 'plain', lambda setting: ours(setting, Tricks()))
+    monkeypatch.setattr(steps, 'evaluation', lambda setting, tricks: lambda x, y: None)
+    rows = run('tools/bench.py', '--loss', 'trades', *SMALL, '--seconds', 0.001, '--tricks')['rows']
+    fast = rows['fast'].tricks
+    for trick in ('loader', 'once', 'frozen', 'compile_attack', 'compile_update', 'fused', 'channels_last'):
+        assert rows[f'plain + {trick}'].tricks == Tricks(**{trick: True})
+        name = f'fast {"-" if getattr(fast, trick) else "+"} {trick}'
+        assert rows[name].tricks == fast._replace(**{trick: not getattr(fast, trick)})
+    assert not any('graphs' in name or 'amp' in name or 'folded' in name for name in rows)     # nothing to measure here
 
 # A gradient next to zero may have either sign, and its pixel then goes the other way: fast and plain may
 # differ at one pixel in a thousand, and elsewhere not at all
 def agree(a, b):
     return ((a - b).abs() > 1e-6).float().mean() < 1e-3
+
+def setting(loss, init='uniform'):
+    """init: 0.001 beside x the gradient of KL and MSE is rounding, in part."""
+    method = losses.METHODS[loss]._replace(settings=dict(init=init))
+    return steps.Setting(method, losses.hparams(method.loss), torch.device('cpu'), None, 3,
+                         dict(name='wrn-10-1', width=8))
 
 def stepped(side):
     """x_adv, loss and the weights after one update, from the same start."""
@@ -41,32 +95,30 @@ def stepped(side):
     torch.manual_seed(3)
     return x_adv, update(X, Y), torch.cat([p.detach().flatten() for p in net.parameters()])
 
-def test_fast_equals_plain(script):
-    script['args'].init = 'uniform'         # 0.001 beside x the gradient of KL and MSE is rounding, in part
-    x_adv, loss, weights = stepped(script['plain']())
+@pytest.mark.parametrize('loss', ['trades', 'logit_mse'])
+def test_fast_equals_plain(loss):
+    s = setting(loss)
+    x_adv, value, weights = stepped(steps.plain(s))
     assert 0.5 < ((x_adv - X).abs() * 255).mean() <= 8.001
-    FAST = script['FAST']
-    for on in set(), FAST, {'once', 'fused'}:       # channels_last draws its noise in another order
-        x_adv2, loss2, weights2 = stepped(script['ours'](on - {'amp'}))
-        assert agree(x_adv, x_adv2), on
-        assert torch.allclose(loss, loss2, rtol=1e-3), on
-        assert torch.allclose(weights, weights2, rtol=1e-3, atol=1e-4), on
+    for tricks in Tricks(), steps.of_train_adv(s), Tricks(once=True, fused=True):   # channels_last draws in another order
+        x_adv2, value2, weights2 = stepped(steps.ours(s, tricks))
+        assert agree(x_adv, x_adv2), tricks
+        assert torch.allclose(value, value2, rtol=1e-3), tricks
+        assert torch.allclose(weights, weights2, rtol=1e-3, atol=1e-4), tricks
 
-def test_fast_is_what_train_adv_does(script, tmp_path):
-    if 't_logits' in script['needs'](script['method'].loss):
-        pytest.skip('its attack is that of the others; the teacher is another')
-    train = run('train_adv.py', '--loss', script['args'].loss, *TINY, *SMALL[:4], '--epochs', 1, '--steps', 3,
+def test_fast_is_what_train_adv_does(tmp_path):
+    train = run('train_adv.py', '--loss', 'trades', *TINY, *SMALL[:4], '--epochs', 1, '--steps', 3,
                 '--batch-size', 32, '--out', tmp_path)
-    net, craft, _ = script['ours']({'once', 'frozen'})
+    s = setting('trades', init=train['args'].init)
+    net, craft, _ = steps.ours(s, Tricks(once=True, frozen=True))
     train['student'].load_state_dict(net.state_dict())
     train['student'].train()
-    script['args'].init = train['args'].init
     torch.manual_seed(3)
     x_adv = craft(X, Y)
     torch.manual_seed(3)
     assert torch.equal(x_adv, train['craft'](X, Y))
-    assert torch.equal(script['method'].loss(**script['values'](
-        script['needs'](script['method'].loss), net, None, X, x_adv, Y)), train['loss_on'](X, x_adv, Y))
+    inputs = steps.inputs(losses.needs(s.method.loss), net, None, X, x_adv, Y)
+    assert torch.equal(s.method.loss(**inputs), train['loss_on'](X, x_adv, Y))
 
 @pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2', 'wrn-10-1', 'preactresnet18'])
 def test_folded_is_the_network_in_eval_mode(name):
@@ -74,11 +126,44 @@ def test_folded_is_the_network_in_eval_mode(name):
     net(X)                                          # moves the statistics
     assert torch.allclose(models.folded(net)(X), net.eval()(X), atol=1e-4)
 
+def test_folded_is_folded_anew_before_every_attack():
+    s = setting('logit_mse')._replace(network=dict(name='resnet18', width=8))
+    net, craft, _ = steps.ours(s, Tricks(once=True))
+    folded_net, craft_folded, update_folded = steps.ours(s, Tricks(once=True, folded=True))
+    for _ in range(2):                              # moves weights and statistics
+        update_folded(X, Y)
+    torch.manual_seed(3)
+    stale = craft(X, Y)
+    net.load_state_dict(folded_net.state_dict())
+    torch.manual_seed(3)
+    x_adv = craft(X, Y)
+    torch.manual_seed(3)
+    differ = ((craft_folded(X, Y) - x_adv).abs() > 1e-6).float().mean()
+    assert differ < 0.01 < ((stale - x_adv).abs() > 1e-6).float().mean()
+
+def test_scaling_varies_one_thing_at_a_time_and_starts_trainings(tmp_path, monkeypatch):
+    base = dict(batch_size=64, width=8, steps=10, processes=1)
+    found = scaling.points(base, dict(batch_size=[16, 64], width=[8, 16], steps=[1], processes=[1]))
+    assert found == [base, dict(base, batch_size=16), dict(base, width=16), dict(base, steps=1)]
+    monkeypatch.setattr(scaling, 'IMAGES', 64)
+    monkeypatch.setattr(scaling, 'EPOCHS', 2)
+    run_of = scaling.subprocess.run
+    eager = lambda command, **options: run_of([c for c in command if c != '--compile'], **options)    # seconds
+    monkeypatch.setattr(scaling.subprocess, 'run', eager)
+    with pytest.raises(SystemExit) as stop:
+        run('tools/bench.py', '--scaling', '--width', 8, '--batch-sizes', 32, '--widths', 8, '--attack-steps', 1,
+            '--batch-size', 32, '--steps', 1, '--json', tmp_path / 's.json')
+    assert stop.value.code is None
+    report = json.loads((tmp_path / 's.json').read_text())
+    assert [row['point'] for row in report['rows']] == [dict(base, batch_size=32, steps=1)]
+    assert len(report['rows'][0]['epochs']) == scaling.EPOCHS - 1 and (tmp_path / 's.png').exists()
+
 @pytest.mark.parametrize('flags, message', [
     ('--loss hat', 'also needs logits_helper t_logits_adv'), ('--loss standard', 'attacks nothing'),
     ('--loss advprop', 'second BN'), ('--loss trades --gamma 1', '--loss trades takes --beta'),
-    ('--loss trades --batch-size 1', '--batch-size 1: from 2'), ('--seconds 0', '--seconds 0.0: more than 0'),
-    ('--model resnet7', "unknown model 'resnet7'"), ('--json /proc/x/y.json', '/proc/x')])
+    ('--loss trades --batch-size 1', '--batch-size 1: a number, at least 2'), ('--seconds 0', '--seconds 0.0: a number'),
+    ('--model resnet7', "unknown model 'resnet7'"), ('--json /proc/x/y.json', '/proc/x'),
+    ('--authors nowhere.py', 'there is no nowhere.py')])
 def test_wrong_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         run('tools/bench.py', *flags.split())
