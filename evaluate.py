@@ -61,8 +61,9 @@ arg('--draw', action='store_true', help='N test images drawn with --seed instead
 arg = parser.add_argument_group("somebody else's weights").add_argument
 arg('--model', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
-arg('--mean', type=float, nargs=3, help='of the normalisation it was trained with, in [0, 1] (default: none)')
-arg('--std', type=float, nargs=3)
+arg('--mean', type=float, nargs='+', metavar='M',
+    help='of the normalisation it was trained with, one a channel, in [0, 1] (default: none)')
+arg('--std', type=float, nargs='+', metavar='S')
 arg('--activation', choices=models.ACTIVATIONS,
     help="of foreign weights (default: relu), or another than the checkpoint's: relu attacks a hybrid with ReLU's own "
          'gradients')
@@ -112,12 +113,15 @@ run, shard = evaluation.resolve(args, checkpoint.read(args.checkpoint))
 d = data.load(args.dataset, args.data_dir, device=device, training=False)
 args.batch_size = args.batch_size or data.at_once(250 if device.type == 'cuda' else 50, d.x_test)
 
-foreign = dict(width=args.width, mean=args.mean, std=args.std, activation=args.activation or 'relu')
+evaluation.check_normalisation(args, d.x_test.shape[-1])
+foreign = dict(width=args.width, mean=args.mean, std=args.std, activation=args.activation or 'relu',
+               channels=d.x_test.shape[-1])
 model, meta = load_checkpoint(args.checkpoint, args.model, d.classes, **foreign)
 source = None
 if args.transfer_from:
     foreign['width'] = args.transfer_width or (None if args.transfer_model else args.width)
-    source, _ = load_checkpoint(args.transfer_from, args.transfer_model or args.model, d.classes, **foreign)
+    source, _ = load_checkpoint(args.transfer_from, args.transfer_model or args.model, d.classes,
+                                flag='--transfer-model', **foreign)
 if args.branch and not model.config['dual_bn']:
     refuse(f'--branch {args.branch}: {args.checkpoint} has no dual BN')
 args.branch = args.branch or run.get('eval_branch', 'main')
@@ -316,7 +320,8 @@ def survivors(name, predicted, todo):
 
 def save(complete):
     report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), evaluated=evaluated,
-                  model=model.config, trained={k: v for k, v in meta.items() if k != 'config'},
+                  model=model.config, weights=meta['weights'],
+                  trained={k: v for k, v in meta.items() if k not in ('config', 'weights')},
                   dataset=args.dataset, images=which, norm=args.norm,
                   eps=eps, eps_pixels=args.eps, results=results, notes=notes, flags=flags, audit=audited,
                   complete=complete, args=vars(args), precision='float32', search=search,

@@ -297,11 +297,13 @@ def main():
     torch.set_float32_matmul_precision('highest')
     torch.backends.cudnn.allow_tf32 = False
     d = data.load(args.dataset, args.data_dir, device=device, training=False)
-    model, _ = checkpoint.load_checkpoint(args.checkpoint, args.model, d.classes, width=args.width)
+    model, _ = checkpoint.load_checkpoint(args.checkpoint, args.model, d.classes, width=args.width,
+                                          channels=d.x_test.shape[-1])
     source = None
     if args.transfer_from:
         width = args.transfer_width or (None if args.transfer_model else args.width)
-        source, _ = checkpoint.load_checkpoint(args.transfer_from, args.transfer_model or args.model, d.classes, width=width)
+        source, _ = checkpoint.load_checkpoint(args.transfer_from, args.transfer_model or args.model, d.classes, width=width,
+                                               channels=d.x_test.shape[-1], flag='--transfer-model')
         source = source.to(device)
     model = model.to(device)
     x = data.to_float(imagenet.in_memory(d.x_test[:args.n], device)).contiguous()

@@ -11,11 +11,12 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 
 import torch
 
 import models
-from support import ddp, describe, files, foreign
+from support import ddp, describe, files, state_dicts
 from support.files import Refused, save, say
 from support.foreign import from_file
 from support.validation import clean_and_pgd
@@ -47,12 +48,14 @@ def read(path):
     if head.lstrip().startswith(b'<'):
         raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
     if str(path).endswith('.safetensors') or head[8:9] == b'{':        # a length of 8 bytes, then JSON
-        return foreign.safetensors(path)
-    foreign.refuse_damaged(path)
+        return state_dicts.safetensors(path)
+    state_dicts.refuse_damaged(path)
     try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                  # zip, pickle, EOF, EINVAL: whatever a truncated or foreign file
-        why = foreign.why_not_loaded(path)  # provokes in torch.load
+        with torch.serialization.safe_globals(state_dicts.SAFE), warnings.catch_warnings():
+            warnings.simplefilter('ignore')         # of the pickle's protocol: said below, if that is what is wrong
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:                  # zip, pickle, EOF, EINVAL: whatever a damaged file provokes in torch.load
+        why = state_dicts.why_not_loaded(path)
         if why:
             raise Refused(f'{path} {why}') from e
         if 'Unsupported' in str(e):
@@ -63,68 +66,91 @@ def read(path):
 def is_ours(ckpt):
     """Written by save_checkpoint: it says what to build."""
     config = isinstance(ckpt, dict) and ckpt.get('config')
-    return isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
+    return (isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
+            and isinstance(config['name'], str))
 
-def warm_start(student, path, name=None, num_classes=None, **options):
-    """Load the weights of load_checkpoint(path, ...) into student; an auxiliary BN that they lack starts as
-    its twin. Raises Refused if they are of another network, or of one that normalises images otherwise."""
-    net = load_checkpoint(path, name, num_classes, **options)[0]
+def warm_start(student, args, d):
+    """Load the weights that --warm-start names into student; an auxiliary BN that they lack starts as its twin. Raises
+    Refused if they are of another network, or of one that normalises images otherwise."""
+    path = args.teacher if args.warm_start == 'teacher' else args.warm_start
+    net = load_checkpoint(path, args.model, d.classes, width=args.width, channels=d.x_train.shape[-1])[0]
     weights, mine = net.state_dict(), student.state_dict()
-    weights.update({k: weights[k.replace('.aux.', '.')] for k in mine
-                    if '.aux.' in k and k not in weights and k.replace('.aux.', '.') in weights})
-    if ({k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in mine.items()}
+    for key in mine:
+        twin = key.replace('.aux.', '.')
+        if key not in weights and twin in weights:
+            weights[key] = weights[twin]
+    shapes = {key: tensor.shape for key, tensor in weights.items()}
+    if (shapes != {key: tensor.shape for key, tensor in mine.items()}
             or [net.config[k] for k in ('mean', 'std')] != [student.config[k] for k in ('mean', 'std')]):
-        raise Refused(f'--warm-start: {path} is another network than the student, '
-                         'or normalises its images otherwise')
+        raise Refused(f'--warm-start: {path} is another network than the student, or normalises its images otherwise')
     student.load_state_dict(weights)
 
-def load_checkpoint(path, name=None, num_classes=None, **options):
-    """-> (net in eval mode on the CPU, fp32, and meta). One of ours needs the path alone. A foreign one is a state dict,
-    bare or under one of the usual keys, and needs build()'s arguments, or file.py:function in place of the name; its
-    meta is {'weights': which were taken and what was done to their keys, in words}, printed if it is not obvious. Always
-    strict. Raises Refused, one line."""
+def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **options):
+    """
+    -> (net in eval mode on the CPU, fp32, and meta). One of ours needs the path alone, but for a network of one's own:
+    its code is never run because a file names it. A foreign one is a state dict, bare or under one of the usual keys,
+    and needs build()'s arguments, or FILE.py:FUNCTION in place of the name. meta['weights'] says in words which were
+    taken, what was done to their keys, and what was assumed; it is printed if it is not obvious. flag: where the user
+    gives the name. Always strict. Raises Refused, one line.
+    """
     ckpt = read(path)
     if not isinstance(ckpt, dict):
         raise Refused(f'{path} holds a {type(ckpt).__name__}, not a state dict')
     ours = is_ours(ckpt)
-    place = (ckpt['state_dict'], 'state_dict', []) if ours and 'state_dict' in ckpt else foreign.found(ckpt)
+    place = state_dicts.found(ckpt)
     if place is None:
         raise Refused(f'{path} is a PyTorch file but no state dict')
     weights, key, others = place
-    if ours:
-        config = ckpt['config']
-        if num_classes not in (None, config['num_classes']):
-            raise Refused(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
-    elif name is None:
-        raise Refused(f'{path} holds weights only: name their architecture with --model (and --width)')
-    else:
-        config = dict(name=name, num_classes=num_classes, **options)
-    if '.py:' in config['name']:
-        if ours:
-            say(f'{path} is of a network of your own, made by {config["name"]}')
-        net = from_file(config['name'], config['num_classes'])
-    else:
-        net = models.build(**config)
+    config = _config(path, ckpt['config'] if ours else None, name, num_classes, flag, options)
+    try:
+        net = from_file(config['name'], config['num_classes']) if '.py:' in config['name'] else models.build(**config)
+    except (TypeError, ValueError) as e:            # of a config that is not of this version, or damaged
+        raise Refused(f'{path}: {config["name"]}: {e}'.splitlines()[0]) from e
     expected = net.state_dict()
-    weights, done = foreign.fitted(weights, expected)
-    wrong = foreign.differences(weights, expected)
+    weights, done = state_dicts.fitted(weights, expected)
+    wrong = state_dicts.differences(weights, expected)
     if wrong:
         raise Refused(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
                       f'{len(wrong)} entries differ, the first: {wrong[0]}'
                       + (f' (found there: {next(iter(weights), "nothing")})' if wrong[0].startswith('no ') else ''))
     net.load_state_dict(weights)
     net.eval()
-    if ours:
-        return net, {k: v for k, v in ckpt.items() if k != 'state_dict'}
     if others:
-        done = [f'the file also holds {" ".join(others)}', *done]
-    if config['name'] == 'preactresnet18':
-        done.append('taken for the network of Rice et al., whose shortcut projects the activated x; Wong et al. have '
-                    'the same keys and project x: --model preactresnet18-fast')
+        done.insert(0, f'the file also holds {" ".join(others)}')
+    if not ours and '.py:' not in config['name']:
+        done += _assumed(config, done)
     text = '; '.join([f'weights: {key or "the whole file"}', *done])
-    if done or 'ema' in key:
+    if done or not ours:
         say(f'{path}: {text}')
-    return net, {'weights': text}
+    known = {k: v for k, v in ckpt.items() if k != 'state_dict'} if ours else {}
+    return net, dict(known, weights=text)
+
+def _config(path, config, name, num_classes, flag, options):
+    """build()'s arguments, or FILE.py:FUNCTION as the name. config: what one of ours says."""
+    if config is None:
+        if name is None:
+            raise Refused(f'{path} holds weights only: name their architecture with {flag} (and --width)')
+        return dict(name=name, num_classes=num_classes, **options)
+    if num_classes not in (None, config['num_classes']):
+        raise Refused(f'{path} knows {config["num_classes"]} classes, the data have {num_classes}')
+    if '.py:' not in config['name']:
+        return config
+    if name is None or '.py:' not in name:
+        raise Refused(f'{path} is of a network of one\'s own; its code is run only if you name it. If you trust that '
+                      f'file: {describe.same_command(flag, config["name"])}')
+    return dict(config, name=name)
+
+def _assumed(config, done):
+    """What the keys and shapes of a foreign network leave open."""
+    assumed = []
+    if not config.get('mean'):
+        assumed.append('taken for one of images in [0, 1], not standardised (else --mean and --std)')
+    if any('downsample' in text for text in done):
+        assumed.append('taken for one without max pooling')     # torchvision's 7x7 stem would not fit
+    if config['name'] == 'preactresnet18':
+        assumed.append('taken for the network of Rice et al., whose shortcut projects the activated x; Wong et al. have '
+                       'the same keys and project x: --model preactresnet18-fast')
+    return assumed
 
 def build(name, d, **shape):
     """A new network for the data d, on their device: models.build's name, or FILE.py:FUNCTION. Raises Refused."""
@@ -143,7 +169,8 @@ def build(name, d, **shape):
 
 def load_teacher(path, args, d, device):
     """-> the frozen network in path, on the device, and what the student's checkpoint says of it. Raises Refused."""
-    net, meta = load_checkpoint(path, args.teacher_model or args.model, d.classes)
+    net, meta = load_checkpoint(path, args.teacher_model or args.model, d.classes, flag='--teacher-model',
+                                channels=d.x_train.shape[-1])
     if meta.get('dataset', args.dataset) != args.dataset:
         raise Refused(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
     for m in net.modules():                                     # of its two, the BN it was validated with

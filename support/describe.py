@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shlex
 import sys
 
 import torch
@@ -55,6 +56,12 @@ def teacher_folder(args, defaults, only=None):
     text = name(argparse.Namespace(**dict(vars(args), seed=None)), lambda flag: None if flag == 'seed' else defaults(flag))
     seed = vars(args).get('seed', 0)
     return f'{text}-teacher' + (f'-s{seed}' if seed else '')
+
+def same_command(*more):
+    """The command line that is being run, and more, to be pasted."""
+    spec = sys.modules['__main__'].__spec__
+    script = ['-m', spec.name] if spec else [sys.argv[0]]
+    return shlex.join(['python', *script, *sys.argv[1:], *more])
 
 def environment(device):
     """Versions and hardware: what a number depends on and a command line does not say."""

@@ -60,7 +60,8 @@ def resolve(args, ckpt):
         refuse(f'--shard {args.shard}: I/N with I from 0 to N-1')
 
     ours = is_ours(ckpt)
-    if ours and (args.model or args.width or args.mean):
+    own_code = ours and '.py:' in ckpt['config']['name']        # --model says that it may be run
+    if ours and (args.model and not own_code or args.width or args.mean):
         refuse(f'{args.checkpoint} says itself what it is: drop --model, --width, --mean and --std')
     if (args.mean is None) != (args.std is None):
         refuse('--mean and --std go together')
@@ -82,6 +83,15 @@ def resolve(args, ckpt):
     if args.fast and (args.individual or set(PARTS) & set(args.attacks)):
         refuse('--fast is for autoattack as a whole: what a part alone leaves has no second search')
     return run, shard
+
+def check_normalisation(args, channels):
+    """Raises Refused unless --mean and --std have a number a channel, if they are there."""
+    for flag in ('mean', 'std'):
+        values = getattr(args, flag)
+        if values and len(values) != channels:
+            refuse(f'--{flag} has {len(values)} numbers, the images have {channels} channels')
+    if args.std and min(args.std) <= 0:
+        refuse(f'--std {min(args.std):g}: above 0')
 
 # -----------------------------------------------------------------------------
 # the report: accuracy with intervals, classes and confusions; what is refused, and what is flagged

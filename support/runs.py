@@ -245,8 +245,10 @@ class Run:
             describe.draw_curves(self.rows, f'{self.folder}/training.png')
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f'{self.folder}/state.pt')
-        command = shlex.join(['python', 'evaluate.py', f'{self.folder}/best.pt'])
-        say(f'done in {self.seconds() / 60:.1f} min. Next: {command}')
+        command = ['python', 'evaluate.py', f'{self.folder}/best.pt']
+        if '.py:' in self.config['model']:          # code of one's own is run where it is asked for
+            command += ['--model', self.config['model']]
+        say(f'done in {self.seconds() / 60:.1f} min. Next: {shlex.join(command)}')
 
     # --- what ends it early
 

@@ -1,0 +1,193 @@
+"""
+Somebody else's weights: files that are not ours, the state dict in them, and the keys a network of ours expects.
+
+    found(content)                                # the state dict in what torch.load gave, and where it was
+    weights, notes = fitted(weights, net.state_dict())   # keys as they are first, then less and less so
+"""
+import argparse
+import contextlib
+import pickletools
+import re
+import zipfile
+
+import numpy as np
+import torch
+
+from support.files import Refused
+
+# where others keep a state dict, the first that is there is taken; EMA last: it is said where a file has both
+CONTAINERS = ('state_dict', 'model_state_dict', 'model', 'net', 'network', 'params',
+              'state_dict_ema', 'model_ema', 'ema', 'ema_state_dict', 'params_ema')
+DANGEROUS = {'os', 'posix', 'nt', 'subprocess', 'sys', 'builtins', '__builtin__', 'shutil', 'socket', 'runpy',
+             'importlib', 'ctypes', 'pty', 'code', 'webbrowser', 'commands', 'pdb', 'asyncio', 'multiprocessing',
+             'urllib', 'requests', 'operator'}
+# plain values that trainings keep beside the weights: numpy's numbers, and their flags
+SCALAR = np.float64(0).__reduce__()[0]
+SAFE = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, 'numpy.core.multiarray.scalar'),        # of numpy 1
+        *{type(np.dtype(kind)) for kind in '?bBhHiIlLqQefd'}]
+HARMLESS = {'builtins.set', '__builtin__.set', 'builtins.bytearray', 'builtins.list', 'builtins.dict',
+            'builtins.int', 'builtins.float', 'builtins.tuple', 'builtins.complex', 'builtins.slice'}
+
+# -----------------------------------------------------------------------------
+# files
+
+def refuse_damaged(path):
+    """Raises Refused if path is a zip file, as torch.save writes, with a checksum that is not its own."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as z:
+            damaged = z.testzip()
+    except Exception as e:                  # zipfile, zlib and struct each have their own
+        raise Refused(f'{path} is damaged ({type(e).__name__}): copy it again') from e
+    if damaged:
+        raise Refused(f'{path} is damaged: {damaged} in it fails its checksum: copy it again')
+
+def safetensors(path):
+    """The state dict in a safetensors file. Raises Refused."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError as e:
+        raise Refused(f'{path} is a safetensors file: pip install safetensors, and it is read') from e
+    try:
+        return load_file(path)
+    except Exception as e:
+        raise Refused(f'{path} is a damaged safetensors file ({type(e).__name__}: {e})'.splitlines()[0]) from e
+
+def why_not_loaded(path):
+    """What in the pickle(s) of a file keeps torch.load(weights_only=True) from it, as half a sentence, or None."""
+    protocol, names = _pickled(path)
+    evil = [n for n in names if n.split('.')[0] in DANGEROUS and n not in HARMLESS]
+    if evil:
+        return (f'would run {evil[0]} when it is unpickled: a malicious pickle. Nothing was executed; delete it, '
+                'and doubt where it came from')
+    if protocol is not None and protocol > 2:
+        return (f'was saved with pickle_protocol={protocol}, which PyTorch reads only where it may run any code: '
+                'save it again with torch.save(state_dict, path) alone')
+    return None
+
+def _pickled(path):
+    """-> protocol of the first pickle in path, and the names (module.function) that they look up; nothing is run."""
+    names, strings, protocol = [], [], None
+    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:      # what is no pickle ends it
+        if zipfile.is_zipfile(path):
+            z = stack.enter_context(zipfile.ZipFile(path))
+            f = stack.enter_context(z.open(next(n for n in z.namelist() if n.endswith('data.pkl'))))
+        else:
+            f = stack.enter_context(open(path, 'rb'))
+        for _ in range(5):                          # before PyTorch 1.6 a file was five pickles in a row
+            for op, value, _ in pickletools.genops(f):
+                if op.name == 'PROTO' and protocol is None:
+                    protocol = value
+                elif op.name in ('GLOBAL', 'INST'):
+                    names.append(value.replace(' ', '.'))
+                elif op.name == 'STACK_GLOBAL':
+                    names.append('.'.join(strings[-2:]))
+                elif isinstance(value, str):
+                    strings.append(value)
+    return protocol, names
+
+# -----------------------------------------------------------------------------
+# state dicts
+
+def _is_weights(value):
+    return isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values())
+
+def found(ckpt):
+    """-> (state dict, where it was, [where others were]), None where the file holds none. Where: keys, '' for the whole
+    file."""
+    if _is_weights(ckpt):
+        return ckpt, '', []
+    sets = []
+    for key in CONTAINERS:
+        inner = ckpt.get(key)
+        if _is_weights(inner):
+            sets.append((key, inner))
+        elif isinstance(inner, dict):
+            for name in CONTAINERS:
+                if _is_weights(inner.get(name)):
+                    sets.append((f'{key}.{name}', inner[name]))
+                    break
+    if not sets:
+        return None
+    return sets[0][1], sets[0][0], [key for key, _ in sets[1:]]
+
+def differences(weights, expected):
+    """What keeps weights from load_state_dict(strict=True), in words."""
+    wrong = [f'no {k}' for k in expected if k not in weights] + [f'unknown {k}' for k in weights if k not in expected]
+    return wrong + [f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}' for k, v in expected.items()
+                    if k in weights and weights[k].shape != v.shape]
+
+def fitted(weights, expected):
+    """
+    -> (weights with the keys of expected, [what was done to them, in words]): as they are if they fit, else after the
+    least that makes them fit. If nothing does: those that differ least; see differences().
+    """
+    weights = {str(k): v for k, v in weights.items()}
+    best, notes = weights, []
+    for candidate, done in _prefixes(weights, expected):
+        for change in (_unchanged, _without_unused, _renamed):
+            changed, more = change(candidate, expected)
+            changed = _counted(changed, expected)
+            wrong = len(differences(changed, expected))
+            if not wrong:
+                return changed, done + more
+            if wrong < len(differences(best, expected)):
+                best, notes = changed, done + more
+    return best, notes
+
+def _prefixes(weights, expected):
+    """Yield the weights as they are; without what all keys begin with, part by part; with what expected's begin with."""
+    yield weights, []
+    done = []
+    if 'n_averaged' in weights:
+        weights = {k: v for k, v in weights.items() if k != 'n_averaged'}
+        done = ['n_averaged left out']
+        yield weights, done
+    for prefix in _shared(weights):
+        bare = {k[len(prefix):]: v for k, v in weights.items()}
+        yield bare, [*done, f'prefix {prefix} dropped']
+        inner = {re.sub(r'(^|\.)_orig_mod\.', r'\1', k): v for k, v in bare.items()}
+        if inner.keys() != bare.keys():
+            yield inner, [*done, f'prefix {prefix}_orig_mod. dropped']
+    theirs, ours = ['', *_shared(weights)][-1], ['', *_shared(expected)][-1]
+    if ours != theirs:
+        how = f'{theirs} taken for {ours}'
+        if ours.endswith(theirs):
+            how = f'{ours[:len(ours) - len(theirs)]} added'
+        yield {ours + k[len(theirs):]: v for k, v in weights.items()}, [*done, f'prefix {how}']
+
+def _shared(keys):
+    """What all the keys begin with: its first part, its first two, and so on."""
+    prefixes, keys = [], [k.split('.') for k in keys]
+    for parts in zip(*[k[:-1] for k in keys]):
+        if len(set(parts)) > 1:
+            break
+        prefixes.append(f'{prefixes[-1] if prefixes else ""}{parts[0]}.')
+    return prefixes
+
+def _unchanged(weights, expected):
+    return weights, []
+
+def _without_unused(weights, expected):
+    """The TRADES code builds a sub_block1 and never calls it."""
+    used = {k: v for k, v in weights.items() if k in expected or not re.match(r'(.*\.)?sub_block1\.', k)}
+    return used, ['the unused sub_block1 left out'] if len(used) < len(weights) else []
+
+def _plain(key):
+    """One name for what torchvision, timm and the pytorch-cifar family call differently."""
+    key = re.sub(r'(^|\.)downsample\.', r'\1shortcut.', key)
+    return re.sub(r'^(fc|classifier|head|head\.fc|last_linear)\.(?=weight$|bias$)', 'linear.', key)
+
+def _renamed(weights, expected):
+    """The weights under expected's keys if both have the same plain names, one to one."""
+    theirs, ours = {_plain(k): k for k in weights}, {_plain(k): k for k in expected}
+    if len(theirs) < len(weights) or len(ours) < len(expected) or not theirs.keys() <= ours.keys():
+        return weights, []
+    done = [f'keys renamed, such as {theirs[k]} to {ours[k]}' for k in theirs if theirs[k] != ours[k]][:1]
+    return {ours[k]: weights[theirs[k]] for k in theirs}, done
+
+def _counted(weights, expected):
+    """BN's num_batches_tracked, which old files lack and which eval mode does not read."""
+    missing = {k: v for k, v in expected.items() if k.endswith('.num_batches_tracked') and k not in weights}
+    return {**weights, **missing}
