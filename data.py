@@ -321,7 +321,7 @@ def batches(x, y, batch_size, augment='none', generator=None, *, first=0, share=
 def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None, n_extra=0, label=None):
     """
     Yield x, y of one training epoch. With extra (see open_images), the last n_extra images of every batch are drawn from
-    it, and label(x) -> (n,) says what stands for their labels. As many steps as without them, so that an epoch costs
+    it; label(x) -> (n,) says what stands for their labels, which is -1 without it. As many steps as without them, so that an epoch costs
     the same. What is drawn depends on (seed, epoch) alone: neither on the number of processes nor on where the training
     was stopped. first: batches to pass over; share: of each batch, what this process takes.
     """
@@ -340,4 +340,5 @@ def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None,
         # counted from the other end, so that every process has as many images in all
         world, rank = share.step or 1, share.start or 0
         more = more[world - 1 - rank::world]
-        yield torch.cat([x, more]), torch.cat([y, label(more)])
+        their_y = label(more) if label else y.new_full((len(more),), -1)
+        yield torch.cat([x, more]), torch.cat([y, their_y])

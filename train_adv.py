@@ -2,7 +2,6 @@
 Adversarial training, with or without a teacher, with or without labels.
 
 $ python train_adv.py --loss logit_mse --beta 0.2                      # trains its teacher first
-$ python train_adv.py --loss trades --beta 5 --dataset cifar100 --awp 0.005 --ema 0.995
 $ python train_adv.py --loss logit_mse --beta 0.2 --dataset digits     # no download, no GPU, three minutes
 $ torchrun --nproc-per-node 8 train_adv.py --loss trades --batch-size 1024 --lr 0.8
 
@@ -20,7 +19,7 @@ from torch.optim.swa_utils import update_bn
 
 import data
 import models
-from attacks import attack_mode, frozen_statistics, pgd, step_sizes, weights_perturbed
+from attacks import attack_mode, frozen_statistics, pgd, scaled, step_sizes, weights_perturbed
 from losses import INNERS, METHODS, TARGETS, Softened, hparams, needs
 from models import bn_branch
 from support import checkpoint, ddp, describe, files, refusals, runs, validation
@@ -117,25 +116,21 @@ if first.inner:
 
 arg = parser.add_argument_group(f'hyper-parameters of {first.loss}').add_argument
 for name, default in hparams(method.loss).items():
-    if default is False:
-        arg(f'--{name}', action='store_true')
-    else:
-        arg(f'--{name}', type=type(default), default=default, help=f'default {default:g}')
+    kind = dict(action='store_true') if default is False else dict(type=type(default), help=f'default {default:g}')
+    arg(f'--{name}', default=default, **kind)
 parser.add_argument('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
 refusals.unknown(unknown, args.loss, hparams(method.loss))
 hp = {name: getattr(args, name) for name in hparams(method.loss)}
 
 # -----------------------------------------------------------------------------
-# devices, data, models. Wrong input is refused here, before any work: one line, no traceback
+# device, data, models. Wrong input is refused here, before any work
 rank, world, device = ddp.init()
 loss_inputs, inner_inputs = needs(method.loss), needs(method.inner)
 wanted = {*loss_inputs, *inner_inputs}
 pseudo_labels = bool(args.extra) and 'y' in wanted              # the teacher labels the extra images
 shape = dict(width=args.width, activation=args.activation)
-refusals.training(args, method, hp)
-refusals.optimisation(args, world)
-refusals.model(args.model, dual_bn=args.dual_bn, **shape)
+refusals.training(args, method, hp, world)
 args.out = args.out or describe.name(args, parser.get_default, hp)
 refusals.attack(args)
 run = runs.Run(args)
@@ -149,12 +144,14 @@ n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
 notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
+
 torch.manual_seed(args.seed)
 student = checkpoint.build(args.model, d, dual_bn=args.dual_bn, **shape)
 guide = None
 if 'guide_logits' in wanted:
     shape['width'] = args.guide_width or args.width
     guide = checkpoint.build(args.guide_model or args.model, d, **shape)
+
 roles = []
 if 't_logits' in wanted or 't_logits_adv' in wanted or pseudo_labels:
     roles.append('teacher')
@@ -163,19 +160,17 @@ if 's_logits_adv' in wanted:
 networks, teachers = checkpoint.load_teachers(args, roles, d, device)   # teachers: what is known of them
 teacher, standard_teacher = networks.get('teacher'), networks.get('standard_teacher')
 if args.warm_start:
-    path = args.teacher if args.warm_start == 'teacher' else args.warm_start
-    checkpoint.warm_start(student, path, args.model, d.classes, width=args.width)
+    checkpoint.warm_start(student, args, d)
 if args.sync_bn:
     ddp.sync_bn(student, guide)
 averaged = copy.deepcopy(student) if args.ema or args.swa else None
 
-# the speed block: delete it, and what is left computes the same, slower. Checkpoints and validation use `student`
+# the speed block: without it the rest computes the same, slower. Checkpoints and validation use `student`
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
-    net = torch.compile(student, dynamic=False)
-    guide_net, teacher_net, standard_net = [network and torch.compile(network, dynamic=False)
-                                            for network in (guide, teacher, standard_teacher)]
+    net, guide_net, teacher_net, standard_net = [
+        network and torch.compile(network, dynamic=False) for network in (student, guide, teacher, standard_teacher)]
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -192,7 +187,6 @@ else:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps),
                                                     pct_start=0.25, cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-attack_scale = method.fp16_scale if dtype is torch.float16 else 1.0
 if rank:                                            # the noise of the attacks: each process its own
     torch.manual_seed(args.seed + 1_000_003 * rank)
 
@@ -213,7 +207,7 @@ def craft(x, y):
     if args.free:               # no PGD: the last update's gradient has moved delta
         return (x + delta.clamp(-eps, eps)).clamp(0, 1).requires_grad_()
 
-    # what does not depend on x_adv is computed once per attack, not once per step
+    # what does not depend on x_adv is computed once per attack
     fixed = {}
     with attack_mode(student, bn=args.attack_bn), bn_branch(student, 'main'), torch.no_grad():
         if 'y' in inner_inputs:
@@ -229,19 +223,20 @@ def craft(x, y):
             inputs['logits_adv'] = logits_of(net, x_adv)
         if 't_logits_adv' in inner_inputs:
             inputs['t_logits_adv'] = logits_of(teacher_net, x_adv)
-        return attack_scale * method.inner(**inputs)
+        return method.inner(**inputs)
 
+    if dtype is torch.float16:
+        objective = scaled(objective, method.fp16_scale)
     with attack_mode(student, bn=args.attack_bn), bn_branch(student, args.craft_branch):
         return pgd(objective, x, eps=eps, step_size=step_sizes(step_size, args.steps, args.step_schedule),
                    steps=args.steps, init=args.init, norm=args.norm)
 
 def student_logits(x, kind, moves_bn):
     """kind: 'nat' goes through the main BN, 'adv' through the auxiliary one, if there are two."""
-    with bn_branch(student, 'aux' if kind == 'adv' else 'main'):
-        if moves_bn and kind in args.bn_order:
-            return logits_of(net, x)
-        with frozen_statistics(student):
-            return logits_of(net, x)
+    moves_bn = moves_bn and kind in args.bn_order
+    with bn_branch(student, 'aux' if kind == 'adv' else 'main'), \
+            contextlib.nullcontext() if moves_bn else frozen_statistics(student):
+        return logits_of(net, x)
 
 def loss_on(x, x_adv, y, moves_bn=True):
     """Outer minimisation: method.loss, (B,). Only what the loss asks for is computed. x goes before x_adv, unless
@@ -280,7 +275,7 @@ def awp(x, x_adv, y):
     if not args.awp or step < args.awp_warmup * total_steps:
         return contextlib.nullcontext()
     def objective():
-        return attack_scale * loss_on(x, x_adv.detach(), y, moves_bn=False).mean()
+        return scaler.scale(loss_on(x, x_adv.detach(), y, moves_bn=False).mean())
 
     return weights_perturbed(student, objective, gamma=args.awp, average=ddp.average)
 
@@ -326,34 +321,37 @@ def validate(model):
 # the run
 epoch, batch, step, averages, best, step_losses = 1, 0, 0, 0, -1.0, []
 delta = torch.zeros(0, device=device)                       # --free's perturbation
-K = d.classes if 'class_p' in loss_inputs else 0            # DKL: row c is the mean softmax of class c
-class_p, class_sum = torch.full((K, K), 1 / d.classes, device=device), torch.zeros(K, K, device=device)
+
+# DKL: row c is the mean softmax of class c, in the last epoch and, summed, in this one
+K = d.classes if 'class_p' in loss_inputs else 0
+class_p = torch.full((K, K), 1 / d.classes, device=device)
+class_sum = torch.zeros(K, K, device=device)
 
 def state():
-    """All that the next step depends on, beside the flags."""
+    """What the next step depends on, beside the flags."""
     return dict(epoch=epoch, batch=batch, step=step, averages=averages, best=best, delta=delta, class_p=class_p,
                 class_sum=class_sum, step_losses=step_losses, student=student, guide=guide, averaged=averaged,
                 optimizer=optimizer, scheduler=scheduler, scaler=scaler)
 
 def pseudo_label(x):
-    """(B,): what the teacher takes images without a label for; -1 where the loss asks for none."""
+    """(B,): what the teacher takes images without a label for."""
     with torch.no_grad():
-        return logits_of(teacher_net, x).argmax(1) if pseudo_labels else torch.full((len(x),), -1, device=device)
+        return logits_of(teacher_net, x).argmax(1)
 
 def training_batches():
     """x, y of the rest of this epoch, this process's share of each batch."""
     return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world),
-                      extra=extra, n_extra=n_extra, label=pseudo_label)
+                      extra=extra, n_extra=n_extra, label=pseudo_label if pseudo_labels else None)
 
 config = dict(vars(args), hparams=hp, teachers=teachers, extra_labels='teacher' if pseudo_labels else None,
               precision=str(dtype or torch.float32), processes=world, **data.facts(d), **describe.environment(device))
 describe.summary(config, student, notes)
-with run.guarded():             # Ctrl-C, full disk, out of memory: one line, and what was saved holds
+with run.guarded():             # Ctrl-C, full disk, out of memory: what was saved holds
     checkpoint.check_teachers(networks, teachers, args, d)
     saved = run.begin(config, state)
     if saved:
-        epoch, batch, step, averages = (saved[k] for k in ('epoch', 'batch', 'step', 'averages'))
-        best, step_losses = saved['best'], list(torch.tensor(saved['step_losses'], device=device))
+        epoch, batch, step, averages, best = (saved[k] for k in ('epoch', 'batch', 'step', 'averages', 'best'))
+        step_losses = list(torch.tensor(saved['step_losses'], device=device))
         delta, class_p, class_sum = (saved[k].to(device) for k in ('delta', 'class_p', 'class_sum'))
     if args.dry_run:
         student.train()
@@ -374,7 +372,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: one line, an
         losses = torch.stack(step_losses)
         img_per_s = images / (time.perf_counter() - t0)
 
-        # of several processes: one mean loss, one set of BN statistics, one of DKL
+        # of several processes: one mean loss, one set of BN statistics
         ddp.average([losses, class_sum, *ddp.buffers(student, guide, averaged)])
         if 'class_p' in loss_inputs:
             seen = class_sum.sum(1, keepdim=True)
@@ -387,8 +385,8 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: one line, an
         model = averaged if args.ema or averages else student                   # what is judged and kept
         clean, robust, val_loss = validate(model)
         runs.check_finite(losses, val_loss, epoch)
-        score = robust if method.inner else clean       # held-out training images: the test set takes no part
-        rule = f'{"PGD-20" if method.inner else "clean accuracy"} on {len(d.y_val)} held-out training images'
+        score, rule = (robust, 'PGD-20') if method.inner else (clean, 'clean accuracy')
+        rule += f' on {len(d.y_val)} held-out training images'      # the test set takes no part
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
                 val_pgd20=robust, img_per_s=img_per_s, peak_gib=describe.peak_gib(device))
         known = dict(epoch=epoch, val_clean=clean, val_pgd20=robust, **teachers)

@@ -122,8 +122,10 @@ def takes_soft_targets(method, hp):
     soft = method.loss(**dict(values, y=Softened(y, smooth)), **hp)
     return not torch.equal(hard, soft)
 
-def training(args, method, hp):
+def training(args, method, hp, world=1):
     """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss."""
+    optimisation(args, world)
+    model(args.model, width=args.width, activation=args.activation, dual_bn=args.dual_bn)
     loss, asked = args.loss, inputs(method)
     wants_teacher = any(name.startswith('t_') for name in asked)
     labels_extra = bool(args.extra) and 'y' in asked                # by the teacher

@@ -202,7 +202,7 @@ class Run:
 
     header = True
 
-    def progress(self, things, what='validation', total=None, initial=0):
+    def progress(self, things, what, total, initial=0):
         """things, one by one, with a bar on a terminal; without one, a line at least every 30 seconds."""
         self.at = f'in {what}'
         bar = tqdm(things, desc=what, total=total, initial=initial, leave=False,
