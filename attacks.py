@@ -100,6 +100,32 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
         best_value = torch.maximum(value, best_value)
     return best
 
+def scaled(objective, scale):
+    """
+    objective, for a network in fp16: the same values (B,), but their gradient is multiplied by scale on its way through
+    the network, since that of a confident logit would round to zero there. Where it overflows all the same, which GradScaler
+    sees in the gradients of weights only, the pixel rests for this step and its image has a sixteenth of the scale in the
+    next.
+    """
+    scales = None
+
+    def with_scale(x_adv):
+        nonlocal scales
+        if scales is None:
+            scales = torch.full((len(x_adv),), float(scale), device=x_adv.device)
+
+        def check(grad):
+            finite = grad.flatten(1).isfinite().all(1)
+            scales.mul_(torch.where(finite, 1.0, 1 / 16))
+            return grad.nan_to_num(0.0, 0.0, 0.0)
+
+        if x_adv.requires_grad:
+            x_adv.register_hook(check)
+        value = objective(x_adv)
+        return value.detach() + scales * (value - value.detach())
+
+    return with_scale
+
 def step_sizes(first, steps, schedule):
     """One size per step, of the schedule 'constant', 'linear' or 'cosine', the first of them first."""
     shape = {'constant': lambda t: 1.0, 'linear': lambda t: 1 - t,
@@ -171,7 +197,8 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     saved = [w.detach().clone() for w in weights]
     with torch.no_grad():
         for w, d in zip(weights, gradients):
-            w.add_(d * (gamma * w.norm() / (d.norm() + 1e-20)))
+            step = d * (gamma * w.norm() / (d.norm() + 1e-20))
+            w.add_(torch.where(step.isfinite(), step, 0.0))         # in fp16 d may overflow: this w stays as it is
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ Networks for small images, and torchvision's for large ones. Images in [0, 1] in
 State-dict keys are those of the pytorch-cifar family (conv1 bn1 layer1.0.conv1 ... shortcut linear) and, for
 wrn, of the TRADES code (block1.layer.0 ... fc), so the released checkpoints load unchanged.
 """
-import copy, re
+import copy, re, warnings
 from contextlib import contextmanager
 
 import torch
@@ -333,6 +333,8 @@ def precision(amp, device):
     """-> autocast_dtype(amp, device), for a training. Where it is None, convolutions and matrix products are fp32 without
     TF32."""
     dtype = autocast_dtype(amp, device)
+    if dtype is torch.float16:      # GradScaler skips steps that overflow, often the first; the schedule goes on
+        warnings.filterwarnings('ignore', r'Detected call of `lr_scheduler.step')
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = dtype is not None
     torch.set_float32_matmul_precision('high' if dtype else 'highest')
