@@ -54,7 +54,7 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     [0, 1], one number or one per image (B,). step_size: likewise one number, or a list, array or tensor of one per
     step. norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts, each
     image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps. Raises
-    ValueError, also for images outside [0, 1].
+    ValueError, also for images outside [0, 1], if they are on a CPU.
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")

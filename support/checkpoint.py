@@ -34,8 +34,10 @@ def fingerprint(net):
     return digest.hexdigest()[:16]
 
 def save_checkpoint(path, net, **meta):
-    """The plain module's weights, what build() needs to make it again, and whatever the caller adds."""
-    save(path, {'state_dict': net.state_dict(), 'config': net.config, **meta})
+    """The plain module's weights, on the CPU so that torch.load needs no GPU, what build() needs to make it again, and
+    whatever the caller adds."""
+    weights = {k: v.cpu() for k, v in net.state_dict().items()}
+    save(path, {'state_dict': weights, 'config': net.config, **meta})
 
 def read(path):
     """What torch.save wrote to path, on the CPU.

@@ -18,10 +18,10 @@ def init():
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     device = torch.device('cpu')
     if torch.cuda.is_available():
+        here, gpus = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), torch.cuda.device_count()
+        if here > gpus:                     # in every process: one that went on would wait for the others
+            raise Refused(f'{here} processes on {gpus} GPUs: start as many processes as there are GPUs')
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
-        if device.index >= torch.cuda.device_count():
-            raise Refused(f'{os.environ["LOCAL_WORLD_SIZE"]} processes on {torch.cuda.device_count()} GPUs: '
-                          'start as many processes as there are GPUs')
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')

@@ -22,6 +22,8 @@ def one_line(parser):
     def hook(kind, problem, trace):
         if issubclass(kind, Refused):
             error(problem)
+        if issubclass(kind, torch.OutOfMemoryError):
+            error('out of memory on the GPU: try half of --batch-size')
         if issubclass(kind, KeyboardInterrupt):
             print(f'\n{parser.prog}: stopped before any work was done', file=sys.stderr)
             sys.exit(130)

@@ -214,6 +214,8 @@ class Run:
                 told = time.perf_counter()
                 say(f'{what}: {k} of {total}')
             yield thing
+        if torch.cuda.is_available():       # whoever looks at the clock now means what is computed, not what is asked for
+            torch.cuda.synchronize()
 
     def estimate(self, update, batches, validate, net, steps, validations):
         """--dry-run: times a few steps and validate(net), says how long all of it takes, and ends the script. steps,
@@ -288,7 +290,8 @@ class Run:
             if 'DataLoader worker' in str(e):
                 sys.exit(f'{e}. A process that decodes images has died: too little memory, or shared memory '
                          f'(/dev/shm; docker run --shm-size)? Stopped {self.at}; {intact}')
-            if 'out of memory' not in str(e).lower() and "can't allocate memory" not in str(e):
+            signs = 'out of memory', "can't allocate memory", 'alloc_failed'        # PyTorch's, oneDNN's, cuDNN's
+            if not any(sign in str(e).lower() for sign in signs):
                 raise
             sys.exit(f'out of memory with --batch-size {self.args.batch_size}: try {self.args.batch_size // 2}, '
                      f'or --accumulate {2 * self.args.accumulate}')

@@ -222,6 +222,8 @@ def profile(work, batch, device):
         seconds = time.perf_counter() - t0
     kinds, launches = {}, 0
     for event in profiler.key_averages():
+        if event.is_user_annotation:            # a name for a stretch of time whose kernels are counted themselves
+            continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total         # microseconds
         if event.device_type.name.lower() == device.type and spent > 0:
             kinds[event.key] = kinds.get(event.key, 0) + spent / 1e6
