@@ -29,6 +29,8 @@ def fingerprint(net):
         digest.update(repr((net.config['mean'], net.config['std'])).encode())
     if net.config['activation'] != 'relu':
         digest.update(net.config['activation'].encode())
+    if net.config['name'] == 'preactresnet18-fast':         # the keys of another network
+        digest.update(b'fast')
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -335,12 +335,13 @@ def test_torchvisions_own_resnet_with_a_small_stem_is_our_resnet18(tmp_path):
 def test_the_same_keys_two_networks(tmp_path):
     torch.manual_seed(0)
     weights = models.build('preactresnet18', 10, width=4).state_dict()
-    _, rice = load(tmp_path / 'w.pt', weights, 'preactresnet18')
-    _, wong = load(tmp_path / 'w.pt', weights, 'preactresnet18-fast')
+    first, rice = load(tmp_path / 'w.pt', weights, 'preactresnet18')
+    second, wong = load(tmp_path / 'w.pt', weights, 'preactresnet18-fast')
     assert 'Rice et al.' in rice and 'preactresnet18-fast' in rice and 'Rice' not in wong
     a, b = [checkpoint.load_checkpoint(tmp_path / 'w.pt', name, 10, width=4)[0](X)
             for name in ('preactresnet18', 'preactresnet18-fast')]
     assert (a - b).abs().max() > 0.01
+    assert first != second                              # or one evaluation would continue the other's
 
 def test_grey_weights_by_name(tmp_path, capsys):
     x, y, u, v = data.synthetic()
