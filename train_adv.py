@@ -26,8 +26,8 @@ from support import checkpoint, ddp, describe, files, refusals, runs, validation
 
 # -----------------------------------------------------------------------------
 # flags. A default of None is filled in below: by the dataset, the method, or the flag beside it
-parser = argparse.ArgumentParser(description=__doc__, epilog=describe.TABLE_HELP, allow_abbrev=False, add_help=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, epilog=describe.TABLE_HELP, allow_abbrev=False,
+                                 add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 refusals.one_line(parser)
 files.plain_output()
 
@@ -36,7 +36,7 @@ arg('--loss', default='logit_mse', choices=METHODS, help='see README.md; its hyp
 arg('--inner', choices=INNERS, help="what the attack maximises (default: the method's own)")
 arg('--targets', choices=TARGETS, help='soft labels in every cross-entropy to a label')
 arg('--smoothing', type=float, default=0.1, help='of --targets')
-arg('--recipe', default='default', choices=['default', 'paper'], help="paper: the method's own paper's settings")
+arg('--recipe', default='default', choices=['default', 'paper'], help="paper: the method's own settings")
 arg('--teacher', metavar='PT', help='frozen teacher (default: a standard one, trained if need be)')
 arg('--standard-teacher', metavar='PT', help='second teacher, of iad2 and kd_swa')
 arg('--teacher-model', help='of a teacher file that holds weights only (default: --model)')
@@ -48,9 +48,9 @@ arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of L
 arg('--step-size', type=float, help='default: eps / 4')
 arg('--steps', type=int, default=10)
 arg('--norm', default='Linf', choices=['Linf', 'L2'])
-arg('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='starting point; TRADES and kin: normal')
+arg('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='TRADES and kin: normal')
 arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
-    help='BN in the attack: running statistics; those of the batch; these, moving the running ones (Madry, Wong)')
+    help='BN in the attack: running statistics; those of the batch; these, and the running ones move')
 arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
 arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
 arg('--free', type=int, default=0, metavar='M', help='free adversarial training: M updates per batch, no PGD')
@@ -66,7 +66,7 @@ arg('--extra-fraction', type=float, default=0.5, help='share of them in every ba
 arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
 arg('--normalize', action='store_true', help='standardise images as the first layer of the model')
-arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: ReLU forward, softplus backward')
+arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: softplus backward only')
 arg('--dual-bn', action='store_true', help="AdvProp's auxiliary BN for adversarial images")
 arg('--craft-branch', default='aux', choices=['main', 'aux'], help='of --dual-bn: used by the attack')
 arg('--eval-branch', default='main', choices=['main', 'aux'], help='of --dual-bn: used in validation')
@@ -86,11 +86,11 @@ arg('--weight-decay', type=float, default=5e-4)
 arg('--awp', type=float, default=0, metavar='GAMMA', help='adversarial weight perturbation (usual: 0.005)')
 arg('--awp-warmup', type=float, default=0.1, metavar='SHARE', help='of training, without it')
 arg('--ema', type=float, default=0, metavar='DECAY', help='averaged weights (usual: 0.995)')
-arg('--swa', type=float, default=0, metavar='SHARE', help='average after every epoch past this share of training')
+arg('--swa', type=float, default=0, metavar='SHARE', help='average epochs past this share of training')
 
 arg = parser.add_argument_group('machine and run').add_argument
 arg('--seed', type=int, default=0)
-arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='autocast; auto: bf16 where native')
+arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='auto: bf16 where native')
 arg('--compile', action='store_true', help='faster after a minute; a CPU needs a C++ compiler')
 arg('--sync-bn', action='store_true', help='under torchrun: BN statistics of the whole batch')
 arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-..., with every flag that differs')
@@ -98,7 +98,7 @@ arg('--resume', action='store_true', help='continue the run in --out where it wa
 arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
 arg('--dry-run', action='store_true', help='say what would be done and how long it takes')
 
-# four layers of defaults, each wins over those before: script, dataset, method, recipe. A flag that is given wins
+# four layers of defaults, later ones win: script, dataset, method, recipe. A flag that is given wins over all
 first, _ = parser.parse_known_args()
 method = METHODS[first.loss]
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir))
@@ -116,8 +116,8 @@ if first.inner:
 
 arg = parser.add_argument_group(f'hyper-parameters of {first.loss}').add_argument
 for name, default in hparams(method.loss).items():
-    kind = dict(action='store_true') if default is False else dict(type=type(default), help=f'default {default:g}')
-    arg(f'--{name}', default=default, **kind)
+    kind = dict(action='store_true') if default is False else dict(type=type(default))
+    arg(f'--{name}', default=default, help=f'default {default:g}', **kind)
 parser.add_argument('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
 refusals.unknown(unknown, args.loss, hparams(method.loss))
@@ -137,8 +137,8 @@ run = runs.Run(args)
 
 dtype = models.precision(args.amp, device)                      # None: fp32, and then without TF32 either
 
-d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed, augment=args.augment,
-              device=device)
+d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
+              augment=args.augment, device=device)
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
 n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
 notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
@@ -170,7 +170,7 @@ net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_te
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [
-        network and torch.compile(network, dynamic=False) for network in (student, guide, teacher, standard_teacher)]
+        f and torch.compile(f, dynamic=False) for f in (student, guide, teacher, standard_teacher)]
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -183,7 +183,7 @@ if args.schedule == 'step':
     drops = [round(m * total_steps) for m in args.milestones]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
 else:
-    # momentum is 0.9 in the paper, so not cycled; 25 % of warm-up as in HAT's code. Fewer than 5 steps divide by zero
+    # momentum stays 0.9 as in the paper; 25 % of warm-up as in HAT's code. Fewer than 5 steps divide by zero
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps),
                                                     pct_start=0.25, cycle_momentum=False)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -239,7 +239,7 @@ def student_logits(x, kind, moves_bn):
         return logits_of(net, x)
 
 def loss_on(x, x_adv, y, moves_bn=True):
-    """Outer minimisation: method.loss, (B,). Only what the loss asks for is computed. x goes before x_adv, unless
+    """Outer minimisation: method.loss, (B,). Only what it asks for is computed; x goes before x_adv, unless
     --bn-order says otherwise. moves_bn=False leaves no trace."""
     inputs = {}
     if 'logits' in loss_inputs and args.bn_order != 'adv-nat':
@@ -329,9 +329,9 @@ class_sum = torch.zeros(K, K, device=device)
 
 def state():
     """What the next step depends on, beside the flags."""
-    return dict(epoch=epoch, batch=batch, step=step, averages=averages, best=best, delta=delta, class_p=class_p,
-                class_sum=class_sum, step_losses=step_losses, student=student, guide=guide, averaged=averaged,
-                optimizer=optimizer, scheduler=scheduler, scaler=scaler)
+    return dict(epoch=epoch, batch=batch, step=step, averages=averages, best=best, delta=delta,
+                class_p=class_p, class_sum=class_sum, step_losses=step_losses, student=student, guide=guide,
+                averaged=averaged, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
 
 def pseudo_label(x):
     """(B,): what the teacher takes images without a label for."""
@@ -343,19 +343,19 @@ def training_batches():
     return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world),
                       extra=extra, n_extra=n_extra, label=pseudo_label if pseudo_labels else None)
 
-config = dict(vars(args), hparams=hp, teachers=teachers, extra_labels='teacher' if pseudo_labels else None,
-              precision=str(dtype or torch.float32), processes=world, **data.facts(d), **describe.environment(device))
+config = dict(vars(args), hparams=hp, teachers=teachers, pseudo_labels=pseudo_labels, processes=world,
+              precision=str(dtype or torch.float32), **data.facts(d), **describe.environment(device))
 describe.summary(config, student, notes)
 with run.guarded():             # Ctrl-C, full disk, out of memory: what was saved holds
     checkpoint.check_teachers(networks, teachers, args, d)
     saved = run.begin(config, state)
     if saved:
-        epoch, batch, step, averages, best = (saved[k] for k in ('epoch', 'batch', 'step', 'averages', 'best'))
-        step_losses = list(torch.tensor(saved['step_losses'], device=device))
+        epoch, batch, step, best = (saved[k] for k in ('epoch', 'batch', 'step', 'best'))
+        averages, step_losses = saved['averages'], list(torch.tensor(saved['step_losses'], device=device))
         delta, class_p, class_sum = (saved[k].to(device) for k in ('delta', 'class_p', 'class_sum'))
     if args.dry_run:
         student.train()
-        run.estimate(update, training_batches(), validate, student, steps=total_steps, validations=args.epochs)
+        run.estimate(update, training_batches(), validate, student, total_steps, validations=args.epochs)
 
     while epoch <= args.epochs:
         student.train()

@@ -34,7 +34,7 @@ arg('--subset-seed', type=int, metavar='SEED', help='... or, with this, drawn at
 arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
 arg('--normalize', action='store_true', help='standardise images as the first layer of the model')
-arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: ReLU forward, softplus backward')
+arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: softplus backward only')
 
 arg = parser.add_argument_group('optimisation').add_argument
 arg('--epochs', type=int, default=100)
@@ -48,10 +48,10 @@ arg('--weight-decay', type=float, default=5e-4)
 
 arg = parser.add_argument_group('machine and run').add_argument
 arg('--seed', type=int, default=0)
-arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='autocast; auto: bf16 where native')
+arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='auto: bf16 where native')
 arg('--compile', action='store_true', help='faster after a minute; a CPU needs a C++ compiler')
 arg('--sync-bn', action='store_true', help='under torchrun: BN statistics of the whole batch')
-arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-teacher, with every flag that is not at its default')
+arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-teacher, with every flag that differs')
 arg('--resume', action='store_true', help='continue the run in --out where it was stopped')
 arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
 arg('--dry-run', action='store_true', help='say what would be done and how long it would take, and stop')
@@ -73,8 +73,8 @@ run = runs.Run(args)
 
 dtype = models.precision(args.amp, device)                      # None: fp32, and then without TF32 either
 
-d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed, augment=args.augment,
-              device=device)
+d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
+              augment=args.augment, device=device)
 notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
@@ -82,7 +82,7 @@ torch.manual_seed(args.seed)
 model = checkpoint.build(args.model, d, **shape)
 if args.sync_bn:
     ddp.sync_bn(model)
-net = torch.compile(model, dynamic=False) if args.compile else model       # checkpoints hold `model`, never `net`
+net = torch.compile(model, dynamic=False) if args.compile else model      # checkpoints hold `model`
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -144,17 +144,17 @@ def training_batches():
     """x, y of the rest of this epoch, this process's share of each batch."""
     return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world))
 
-config = dict(vars(args), loss='standard', precision=str(dtype or torch.float32), processes=world, **data.facts(d),
-              **describe.environment(device))
+config = dict(vars(args), loss='standard', precision=str(dtype or torch.float32), processes=world,
+              **data.facts(d), **describe.environment(device))
 describe.summary(config, model, notes)
-with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one line, and what was saved holds
+with run.guarded():             # Ctrl-C, full disk, out of memory: what was saved holds
     saved = run.begin(config, state)
     if saved:
         epoch, batch, best = saved['epoch'], saved['batch'], saved['best']
         step_losses = list(torch.tensor(saved['step_losses'], device=device))
     if args.dry_run:
         model.train()
-        run.estimate(update, training_batches(), validate, model, steps=total_steps, validations=args.epochs)
+        run.estimate(update, training_batches(), validate, model, total_steps, validations=args.epochs)
 
     while epoch <= args.epochs:
         model.train()
@@ -167,7 +167,8 @@ with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one
         losses = torch.stack(step_losses)
         img_per_s = images / (time.perf_counter() - t0)
 
-        ddp.average([losses, *model.buffers()])     # of several processes: one mean loss, one set of BN statistics
+        # of several processes: one mean loss, one set of BN statistics
+        ddp.average([losses, *model.buffers()])
         clean, val_loss = validate(model)
         runs.check_finite(losses, val_loss, epoch)
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
@@ -175,8 +176,8 @@ with run.guarded():             # Ctrl-C, SIGTERM, full disk, out of memory: one
         known = dict(epoch=epoch, val_clean=clean)
         if clean >= best:                           # held-out training images: the test set takes no part
             best = clean
-            run.save_model('best.pt', model, selected_by=f'clean accuracy on {len(d.y_val)} held-out training images',
-                           **known)
+            rule = f'clean accuracy on {len(d.y_val)} held-out training images'
+            run.save_model('best.pt', model, selected_by=rule, **known)
         run.save_model('last.pt', model, selected_by='last epoch', **known)
         epoch, batch, step_losses = epoch + 1, 0, []
         if epoch <= args.epochs:

@@ -15,7 +15,7 @@ import torch
 
 from losses import METHODS
 from support import autoattack
-from support.files import atomic, say
+from support.files import say
 
 # may differ when a run is continued: where it lies and how it is watched, and the versions and names of the machine
 NOT_THE_RUN = {'out', 'data_dir', 'resume', 'save_minutes', 'dry_run', 'device', 'torch', 'torchvision', 'numpy',
@@ -97,9 +97,10 @@ def attack(config):
 def summary(config, net, notes=()):
     """The first thing on the screen: what will be trained, in five lines."""
     if config.get('extra'):
-        labels = "the teacher's" if config['extra_labels'] else 'not needed'
+        labels = "the teacher's" if config['pseudo_labels'] else 'not needed'
         notes = [*notes, f'{config["extra_fraction"]:.0%} of every batch from {config["extra"]}; their labels: {labels}']
-    say(f'{config["loss"]} {config.get("hparams", "")}; {attack(config)}',
+    hparams = ''.join(f' --{flag} {value:g}' for flag, value in config.get('hparams', {}).items())
+    say(f'{config["loss"]}{hparams}; {attack(config)}',
         f'data: {config["dataset"]}, {config["train_images"]} training images, augmentation {config["augment"]}; '
         f'{config["val_images"]} more held out for selection; {config["classes"]} classes',
         f'model: {config["model"]}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} million weights'
@@ -124,17 +125,8 @@ COLUMNS = {
 TABLE_HELP = 'The table, a row per epoch: ' + '; '.join(f'{name}: {what}' for name, (_, what) in COLUMNS.items()) + '.'
 
 def draw_curves(rows, path):
-    """Accuracy on the hold-out and the loss against the epoch, as PNG, distinguishable in grey."""
-    from matplotlib.figure import Figure            # no pyplot: no window, no backend, no global state
-    figure = Figure(figsize=(8, 3.5), layout='constrained')
-    accuracy, loss = figure.subplots(1, 2)
-    epochs = [row['epoch'] for row in rows]
-    for column, style in (('val_clean', 'o-'), ('val_pgd20', 's--')):
-        if column in rows[0]:
-            accuracy.plot(epochs, [row[column] for row in rows], style, color='black', markersize=3, label=column)
-    accuracy.set(xlabel='epoch', ylabel='accuracy on the hold-out, %', ylim=(0, 100))
-    accuracy.legend()
-    loss.plot(epochs, [row['loss'] for row in rows], '^:', color='black', markersize=3)
-    loss.set(xlabel='epoch', ylabel='training loss')
-    with atomic(path) as tmp:
-        figure.savefig(tmp, format='png', dpi=150)
+    """The training, a dict per epoch, as PNG: what tools/figures.py shows of several runs side by side."""
+    import matplotlib                               # it takes a second, at the end of a run only
+    from support import drawing
+    with matplotlib.rc_context(drawing.STYLE):
+        drawing.save(drawing.training({'': rows}), path.removesuffix('.png'), ['png'])

@@ -35,7 +35,10 @@ def same(a, b):
     assert a[0].keys() == b[0].keys() and all(torch.equal(v, b[0][k]) for k, v in a[0].items())
 
 def started(command):
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    def heed():                     # what a shell starts in the background ignores Ctrl-C, and hands that on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 @pytest.fixture(scope='module')
 def undisturbed(teacher, tmp_path_factory):
