@@ -1,188 +1,267 @@
 """
-The tables of results/, row by row: train what is missing, evaluate it, print the table.
+The papers' tables (tools/tables.py), row by row: train what is missing, evaluate it, print ours beside theirs.
 
-$ python -m tools.reproduce small                          # every row, seed 0; about 9 minutes each on a CPU core
-$ python -m tools.reproduce small --rows trades logit_mse --seeds 0 1 2
-$ python -m tools.reproduce small --commands               # what it would run
-$ python -m tools.reproduce small --table                  # what is there already
+$ python -m tools.reproduce p1-table2 --scale cpu --width 8             # two cores: days; the same line continues
+$ python -m tools.reproduce p1-table2 --scale paper                     # the paper's settings and seeds: a GPU
+$ python -m tools.reproduce p4-table6 --scale cpu --dry-run             # what it would run, and how long that takes
+$ python -m tools.reproduce small --rows trades logit_mse --seeds 0 1 2 # about 9 minutes a row on a CPU core
+$ python -m tools.reproduce small --table                               # what is there already
 
-What was interrupted is continued or run again, and so is what another command has left there; what is
-finished is left alone. Weights go to runs/TABLE/ROW-sSEED; logs, reports and commands also to results/TABLE,
-of which the table is made. Several processes may do different rows.
+What is finished is left alone, what was cut is continued, and a run that another table or you have made is taken:
+runs are named by their flags. Reports, logs and commands also go to results/TABLE-SCALE/, and table.md there is made
+of them. Several processes may do different rows. Scale cpu: ResNet-18 of --width, 20 epochs, 1,000 test images.
 """
-import argparse, json, os, shlex, shutil, statistics, subprocess, sys
+import argparse
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+import data
+import models
+from support import checkpoint, describe, files, refusals
+from support.files import atomic, say
+from tools import results
+from tools.plan import (ROOT, Plan, all_flags, evaluations, first_jobs, head, is_evaluated, is_trained, record, shown,
+                        text_of, training)
+from tools.tables import TABLES
+
+# forward passes that an image costs: in a training step beside its attack, under AutoAttack if it withstands it; and
+# the share of images that is taken to do so
+STEP_PASSES, AUTOATTACK_PASSES, WITHSTAND = 7, 8800, 0.4
 
 # -----------------------------------------------------------------------------
-# small: every method at one small budget on CIFAR-10, for a CPU. Two teachers: STANDARD is trained once, on
-# all training images, with the student's architecture; ROBUST is a row, see the hold-out column
+# doing it
 
-MODEL = '--model resnet18 --width 8'
-BUDGET = f'{MODEL} --subset 5000 --epochs 3 --batch-size 64 --lr 0.1 --compile'
-STANDARD, ROBUST = 'runs/small/teacher/best.pt', 'runs/small/pgd_at-warm-s0/best.pt'
-SMALL = {
-    'standard':      '--loss standard',
-    'als':           '--loss als',
-    'pgd_at':        '--loss pgd_at',
-    'nat_adv':       '--loss nat_adv',
-    'alp':           '--loss alp',
-    'trades':        '--loss trades',
-    'trades-beta5':  '--loss trades --beta 5',
-    'mart':          '--loss mart',
-    'dkl':           '--loss dkl',
-    'lbgat':         '--loss lbgat',
-    'hat':           f'--loss hat --teacher {STANDARD}',
-    'ltd':           f'--loss ltd --teacher {STANDARD}',
-    'softmax_kl':    f'--loss softmax_kl --beta 0.2 --teacher {STANDARD}',
-    'softmax_kl-reverse': f'--loss softmax_kl --beta 0.2 --reverse --teacher {STANDARD}',
-    'logit_mse':     f'--loss logit_mse --beta 0.2 --teacher {STANDARD}',
-    # options that go with any loss
-    'fast':          '--loss pgd_at --steps 1 --step-size 10',
-    'free':          '--loss pgd_at --free 4',
-    'pgd_at-warm':   f'--loss pgd_at --warm-start {STANDARD}',
-    'logit_mse-warm': f'--loss logit_mse --beta 0.2 --teacher {STANDARD} --warm-start teacher',
-    'logit_mse-awp': f'--loss logit_mse --beta 0.2 --teacher {STANDARD} --awp 0.005',
-    'logit_mse-ema': f'--loss logit_mse --beta 0.2 --teacher {STANDARD} --ema 0.995',
-    'trades-awp':    '--loss trades --awp 0.005',
-    'trades-ema':    '--loss trades --ema 0.995',
-    # paper 3: AdvProp, adversarial label smoothing, smooth adversarial training, and their mixtures
-    'advprop':       '--loss advprop',
-    'nat_adv-als':   '--loss nat_adv --targets als',
-    'nat_adv-smooth-act': '--loss nat_adv --activation hybrid',
-    'advprop-als':   '--loss advprop --targets als',
-    'advprop-act':   '--loss advprop --activation hybrid',
-    'als-act':       '--loss nat_adv --targets als --activation hybrid',
-    'advprop-als-act': '--loss advprop --targets als --activation hybrid',
-    # with a robust teacher
-    'ard':           f'--loss ard --teacher {ROBUST}',
-    'rslad':         f'--loss rslad --teacher {ROBUST}',
-    'iad1':          f'--loss iad1 --teacher {ROBUST}',
-    'iad2':          f'--loss iad2 --teacher {ROBUST} --standard-teacher {STANDARD}',
-    'adaad':         f'--loss adaad --teacher {ROBUST}',
-    'adaad-standard': f'--loss adaad --teacher {STANDARD}',     # what everyone tries once
-    'rslad-standard': f'--loss rslad --teacher {STANDARD}',
-    'kd_swa':        f'--loss kd_swa --teacher {ROBUST} --standard-teacher {STANDARD}',
-}
-TABLES = {'small': dict(
-    rows=SMALL, budget=BUDGET, teacher=f'{MODEL} --epochs 15',
-    evaluate={'pgd': '--n 1000 --attacks pgd',
-              'autoattack': '--n 200 --attacks autoattack --batch-size 200 --compile'})}
+stop_asked = False
 
-# -----------------------------------------------------------------------------
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 allow_abbrev=False)
-parser.error = lambda message: parser.exit(2, f'{parser.prog}: error: {message}\n')
-parser.add_argument('table', choices=TABLES)
-parser.add_argument('--rows', nargs='+', metavar='ROW', help='default: all')
-parser.add_argument('--seeds', nargs='+', type=int, default=[0])
-parser.add_argument('--data-dir', default='data')
-parser.add_argument('--commands', action='store_true', help='print the commands, run nothing')
-parser.add_argument('--table-only', '--table', dest='table_only', action='store_true', help='run nothing')
-args = parser.parse_args()
-table = TABLES[args.table]
-for row in args.rows or []:
-    if row not in table['rows']:
-        parser.error(f'unknown row {row!r}; {args.table} has {" ".join(table["rows"])}')
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-RUNS, RESULTS = f'runs/{args.table}', f'results/{args.table}'
+def run(place, job):
+    """-> did it end well? A signal to stop goes on to the training or evaluation, which saves, and ends this one."""
+    say(f'$ {shown(place, job)}')
+    script, *argv = shlex.split(shown(place, job))[1:]
+    child = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *argv], cwd=place.base)
+    def pass_on(number, frame):
+        global stop_asked
+        stop_asked = True
+        if number != signal.SIGINT:             # Ctrl-C reaches both
+            child.send_signal(number)
+    numbers = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if stop_asked:
+        sys.exit('stopped; the same command continues')
+    return status == 0
 
-def evaluations(row):
-    """name -> flags: the table's. A hybrid activation may mask its own gradients: it is also attacked with
-    ReLU's, and by AutoAttack with no others. AdvProp also through its auxiliary BN, by PGD."""
-    flags, more = dict(table['evaluate']), {}
-    if 'hybrid' in table['rows'][row]:
-        flags['autoattack'] += ' --activation relu'
-        more['pgd-relu'] = flags['pgd'] + ' --activation relu'
-    if 'advprop' in table['rows'][row]:
-        more['pgd-aux'] = flags['pgd'] + ' --branch aux'
-    return {**flags, **more}
-
-def steps(row, seed):
-    """product -> the command that makes it: the training's folder, then the reports in it."""
-    folder = f'{RUNS}/{row}-s{seed}'
-    train = f'train_adv.py {table["budget"]} {table["rows"][row]} --seed {seed} --out {folder}'
-    return {folder: train, **{f'{folder}/{name}.json': f'evaluate.py {folder}/best.pt {flags} '
-                              f'--out {folder}/{name}.json' for name, flags in evaluations(row).items()}}
-
-def text(file):
-    return open(file).read() if os.path.exists(file) else ''
-
-def make(product, command):
-    """Once: PRODUCT.command, written last, says that it is done and how."""
-    if text(f'{product}.command') == command:
-        return
-    if os.path.isdir(product):
-        shutil.rmtree(product)                  # half a training, or another one
-    elif '"complete": false' not in text(product) and os.path.exists(product):
-        os.remove(product)                      # a report of other flags; half a one is continued
-    print(f'$ python {command}', flush=True)
-    script, *argv = shlex.split(command)
-    argv += ['--data-dir', args.data_dir] if args.data_dir != 'data' else []
-    if status := subprocess.run([sys.executable, os.path.join(HERE, script), *argv]).returncode:
-        sys.exit(f'stopped: {script} ended with status {status}')
-    with open(f'{product}.command', 'w') as f:
-        f.write(command)
-
-teacher = {f'{RUNS}/teacher': f'train_teacher.py {table["teacher"]} --out {RUNS}/teacher'}
-work = [(row, seed) for seed in args.seeds for row in args.rows or table['rows']]
-if args.commands:
-    for todo in [teacher, *[steps(*item) for item in work]]:
-        print(*[f'python {command}' for command in todo.values()], sep='\n')
-    sys.exit()
-
-if not args.table_only:
-    (folder, command), = teacher.items()
-    if os.path.exists(f'{RESULTS}/teacher.pt') and text(f'{RESULTS}/teacher.command') == command \
-            and not os.path.exists(f'{folder}.command'):        # it is kept there: the same for everyone
-        os.makedirs(folder, exist_ok=True)
-        shutil.copy(f'{RESULTS}/teacher.pt', f'{folder}/best.pt')
-        shutil.copy(f'{RESULTS}/teacher.command', f'{folder}.command')
-    make(folder, command)
-    os.makedirs(RESULTS, exist_ok=True)
-    for row, seed in work:
-        todo, kept = steps(row, seed), f'{RESULTS}/{row}-s{seed}'
-        for product, command in todo.items():
-            make(product, command)
-        shutil.copy(f'{RUNS}/{row}-s{seed}/log.jsonl', f'{kept}.jsonl')
-        for name in evaluations(row):
-            shutil.copy(f'{RUNS}/{row}-s{seed}/{name}.json', f'{kept}.{name}.json')
-        with open(f'{kept}.command', 'w') as f:
-            f.write(''.join(f'python {command}\n' for command in todo.values()))
-
-# -----------------------------------------------------------------------------
-# the table: one line per row and way of evaluating it, its seeds averaged
-
-def measured(row, seed):
-    """The figures of one finished run of the present commands, or None."""
-    kept = f'{RESULTS}/{row}-s{seed}'
-    if text(f'{kept}.command') != ''.join(f'python {command}\n' for command in steps(row, seed).values()):
+def train(place, job):
+    """Trains what is not trained yet. -> None, or what is in the way, in words."""
+    if is_trained(place, job):
         return None
-    reports = {name: json.load(open(f'{kept}.{name}.json')) for name in evaluations(row)}
-    pgd = {name: report['results']['pgd-20']['accuracy'] for name, report in reports.items() if 'pgd' in name}
-    worst, trained = reports['autoattack']['results']['autoattack (worst case)'], reports['pgd']['trained']
-    config, *epochs = [json.loads(line) for line in open(f'{kept}.jsonl')]
-    return dict(clean=reports['pgd']['results']['clean']['accuracy'], **pgd, autoattack=worst['accuracy'],
-                interval=worst['interval'], epoch=trained['epoch'], held_out=trained['val_pgd20'],
-                last=epochs[-1]['val_pgd20'],
-                seconds=statistics.median(config['train_images'] / e['img_per_s'] for e in epochs))
+    if files.is_locked(os.path.join(place.base, job.product)):
+        return f'another process is training {job.product}'
+    if not run(place, job):
+        return f'the training of {job.product} ended with an error'
+    return None
 
-def figure(values):
-    """mean, and with several seeds ± standard deviation."""
-    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.1f}{spread}'
+def evaluate(place, job):
+    """Evaluates what is not evaluated yet. -> None, or what is in the way, in words."""
+    path = os.path.join(place.base, job.product)
+    if is_evaluated(place, job):
+        return None
+    if os.path.exists(path) and '"complete": false' not in text_of(path):
+        os.replace(path, f'{path}.old')         # of other flags or weights; half a one is continued
+    if not run(place, job):
+        return f'{job.product} ended with an error'
+    return None
 
-n = [shlex.split(flags)[1] for flags in table['evaluate'].values()]
-print(f'Teacher: `python train_teacher.py {table["teacher"]}`. '
-      f'Every row: `python train_adv.py {table["budget"]}` and what stands in its last column.\n')
-print(f'| row | clean, n={n[0]} | PGD-20, n={n[0]} | AutoAttack, n={n[1]} (95 %) '
-      '| PGD-20 on the hold-out, best (epoch) / last | s/epoch | seeds | flags |\n' + '|---' * 8 + '|')
-for row, flags in table['rows'].items():
-    runs = {seed: m for seed in range(10) if (m := measured(row, seed))}
-    if runs:
-        column = lambda name: [m[name] for m in runs.values()]
-        low, high = map(statistics.mean, zip(*column('interval')))
-        pgd = figure(column('pgd')) + ''.join(f'; {name[4:]} {figure(column(name))}'
-                                              for name in evaluations(row) if name.startswith('pgd-'))
-        print(f'| {row} | {figure(column("clean"))} | {pgd} | {figure(column("autoattack"))} '
-              f'({low:.0f}-{high:.0f}) | {figure(column("held_out"))} '
-              f'({" ".join(map(str, column("epoch")))}) / {figure(column("last"))} '
-              f'| {statistics.median(column("seconds")):.0f} | {" ".join(map(str, runs))} | `{flags}` |')
+def do_row(plan, name, seed):
+    """-> None, or what is in the way, in words."""
+    firsts = list(first_jobs(plan, all_flags(plan, name)).values())
+    for job in [*firsts, training(plan, name, seed)]:
+        problem = train(plan, job)
+        if problem:
+            return problem
+    for job in evaluations(plan, name, seed).values():
+        problem = evaluate(plan, job)
+        if problem:
+            return problem
+    keep(plan, name, seed)
+    return None
+
+def keep(plan, name, seed):
+    """Log, reports and commands of the row also in results/; the commands last: they say that the rest is there."""
+    kept = f'{plan.results}/{name}-s{seed}'
+    made = {'jsonl': f'{training(plan, name, seed).product}/log.jsonl'}
+    for evaluation, job in evaluations(plan, name, seed).items():
+        made[f'{evaluation}.json'] = job.product
+    for ending, path in made.items():
+        with atomic(f'{kept}.{ending}') as tmp:
+            shutil.copy(os.path.join(plan.base, path), tmp)
+    with atomic(f'{kept}.command') as tmp, open(tmp, 'w') as f:
+        f.write(record(plan, name, seed))
+
+# -----------------------------------------------------------------------------
+# --dry-run
+
+def kind_of(job):
+    """Trainings of one kind take the same time."""
+    names = head(job.command)
+    free = {'seed', 'teacher', 'standard_teacher', 'lr', 'weight_decay', 'schedule', 'milestones', 'nesterov',
+            'awp_warmup', 'smoothing', 'bn_order', *names.get('hp', ()), *describe.NOT_THE_RUN}
+    return job.command.split()[0], str({k: v for k, v in vars(names['args']).items() if k not in free})
+
+def stand_ins(job, firsts, folder, dataset):
+    """Untrained networks where the training looks for its teachers, in folder/runs/."""
+    args = head(job.command)['args']
+    for flag in ('teacher', 'standard_teacher', 'warm_start'):
+        path = getattr(args, flag, None)
+        if path in (None, 'teacher'):
+            continue
+        like = args
+        for first in firsts:
+            if path == f'{first.product}/best.pt':
+                like = head(first.command)['args']
+        classes = data.DATASETS.get(dataset, {}).get('classes') or 10
+        checkpoint.save_checkpoint(f'{folder}/{path}', models.build(like.model, classes, width=like.width))
+
+def measure(plan, job, firsts):
+    """-> hours of the training, and seconds of a step for one image, by a few steps that the script times. Ends with
+    the script's own words if it fails."""
+    script, *argv = shlex.split(job.command)
+    argv += ['--dry-run', '--data-dir', os.path.abspath(plan.data_dir)]
+    with tempfile.TemporaryDirectory() as empty:
+        stand_ins(job, firsts, empty, plan.dataset)
+        ended = subprocess.run([sys.executable, os.path.join(ROOT, script), *argv], cwd=empty, capture_output=True,
+                               text=True)
+    found = re.search(r'steps of ([\d.]+) s.*about (\d+) minutes', ended.stdout)
+    if ended.returncode or not found:
+        sys.exit(f'{job.command} --dry-run: {ended.stderr.strip() or ended.stdout.strip()}')
+    return int(found[2]) / 60, float(found[1]) / head(job.command)['args'].batch_size
+
+def dry_run(plan, work, timed):
+    """Prints every command once; with timed also the hours that it takes."""
+    done, speeds, hours, judging = set(), {}, 0.0, 0.0
+    if plan.base != os.getcwd():
+        say(f'cd {shlex.quote(plan.base)}')
+    for name, seed in work:
+        firsts = list(first_jobs(plan, all_flags(plan, name)).values())
+        row = training(plan, name, seed)
+        for job in [*firsts, row]:
+            if job.product in done:
+                continue
+            done.add(job.product)
+            if is_trained(plan, job):
+                say(f'{shown(plan, job)}      # is there')
+                continue
+            say(shown(plan, job))
+            if timed:
+                if kind_of(job) not in speeds:
+                    speeds[kind_of(job)] = measure(plan, job, firsts)
+                hours += speeds[kind_of(job)][0]
+                say(f'    # about {speeds[kind_of(job)][0]:.1f} hours')
+        for job in evaluations(plan, name, seed).values():
+            say(shown(plan, job))
+            if kind_of(row) in speeds and 'autoattack' in job.command:
+                passes = 2 * getattr(head(row.command)['args'], 'steps', 0) + STEP_PASSES
+                n = re.search(r'--n (\d+)', job.command)
+                images = WITHSTAND * (int(n[1]) if n else 10000)
+                judging += images * AUTOATTACK_PASSES * speeds[kind_of(row)][1] / passes / 3600
+    if timed:
+        say(f'# {hours:.1f} hours of training; some {judging:.1f} of AutoAttack where {WITHSTAND:.0%} of the images '
+            'withstand it')
+
+# -----------------------------------------------------------------------------
+
+def planned(args, refuse):
+    """The Plan of these flags, the names of all rows, and the (row, seed) to do."""
+    table = TABLES[args.table]
+    datasets = list(dict.fromkeys(dataset for row in table.rows.values() for dataset in row.paper))
+    dataset, tags = args.dataset or datasets[0], [args.table]
+    if dataset not in datasets:
+        refuse(f'--dataset {dataset}: {args.table} is of {" ".join(datasets)}')
+    if dataset != datasets[0]:
+        tags.append(dataset)
+    scale, n, width = args.scale, args.n, args.width or 16
+    if table.budget is not None:
+        scale = None
+    elif not scale:
+        refuse(f'{args.table} needs --scale cpu or --scale paper')
+    if scale == 'cpu':
+        n = n or 1000
+        tags += [scale, f'w{width}'] + ([f'e{args.epochs}'] if args.epochs else [])
+    elif args.epochs or args.width:
+        refuse('--epochs and --width are of --scale cpu')
+    elif scale:
+        tags.append(scale)
+    runs = os.path.abspath(args.runs)
+    if os.path.basename(runs) != 'runs':
+        refuse(f'--runs {args.runs}: a folder called runs, as the training scripts name it')
+    plan = Plan(args.table, table, scale, dataset, width, args.epochs, n, scale == 'cpu' or args.compile,
+                os.path.dirname(runs), os.path.join(os.path.abspath(args.results), '-'.join(tags)), args.data_dir)
+    rows = {name: row for name, row in table.rows.items() if dataset in row.paper}
+    for name in args.rows or ():
+        if name not in rows:
+            refuse(f'unknown row {name!r}; {args.table} has {" ".join(rows)}')
+    chosen = args.rows or [name for name, row in rows.items() if row.cpu or scale != 'cpu']
+    seeds = args.seeds or (table.seeds if scale == 'paper' else (0,))
+    return plan, list(rows), [(name, seed) for seed in seeds for name in chosen]
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog='python -m tools.reproduce', description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    refusals.one_line(parser)
+    files.plain_output()
+    arg = parser.add_argument
+    arg('table', choices=TABLES)
+    arg('--scale', choices=['cpu', 'paper'])
+    arg('--rows', nargs='+', metavar='ROW', help='default: all; at scale cpu those that tools/tables.py picks')
+    arg('--seeds', nargs='+', type=int, help="default: 0; at scale paper as many as the paper's")
+    arg('--dataset', help='default: cifar10; or cifar100, where the paper has it')
+    arg('--width', type=int, help='of --scale cpu: channels of the first layer (default: 16)')
+    arg('--epochs', type=int, help="of --scale cpu (default: 20, or the table's)")
+    arg('--n', type=int, help='test images (default: at scale cpu the first 1000, else all)')
+    arg('--compile', action='store_true', help='also at scale paper')
+    arg('--data-dir', default='data')
+    arg('--runs', default='runs', metavar='DIR', help='where runs lie and go: a folder called runs')
+    arg('--results', default='results', metavar='DIR', help='where the table goes')
+    arg('--dry-run', action='store_true', help='print the commands, and how long they take by a few measured steps')
+    arg('--no-measure', action='store_true', help='of --dry-run: the commands only')
+    arg('--commands', action='store_true', help='the same as --dry-run --no-measure')
+    arg('--table-only', '--table', dest='table_only', action='store_true', help='run nothing: what is there already')
+    args = parser.parse_args(argv)
+    plan, names, work = planned(args, parser.error)
+
+    if args.dry_run or args.commands:
+        timed = args.dry_run and not args.no_measure
+        if timed and plan.scale == 'paper' and not torch.cuda.is_available():
+            say('# no GPU here: hours of scale paper are not measured')
+            timed = False
+        dry_run(plan, work, timed)
+        return
+    missing = []
+    for name, seed in [] if args.table_only else work:
+        problem = do_row(plan, name, seed)
+        if problem:
+            say(f'{name}, seed {seed}: {problem}; going on with the next')
+            missing.append(f'{name}-s{seed}')
+    found = results.find(plan, names)
+    text = results.markdown(plan, found)
+    if any(found.values()):
+        with atomic(f'{plan.results}/table.md') as tmp, open(tmp, 'w') as f:
+            f.write(text)
+        results.draw(plan, found)
+    say(text)
+    if missing:
+        sys.exit(f'not finished: {" ".join(missing)}')
+
+if __name__ == '__main__':
+    main()
