@@ -49,12 +49,12 @@ def start(x, *, eps, init, norm):
 @torch.inference_mode(False)
 def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', norm='Linf', restarts=1):
     """
-    Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb
-    objective(x_adv) -> (B,) within the ball of radius eps around x (B,...), and within [0, 1]. eps: in units of
-    [0, 1], one number or one per image (B,). step_size: likewise one number, or a list, array or tensor of one per
-    step. norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts, each
-    image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps. Raises
-    ValueError, also for images outside [0, 1], if they are on a CPU.
+    Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb objective(x_adv)
+    -> (B,) within the ball of radius eps around x (B,...), and within [0, 1]. eps: in units of [0, 1], one
+    number or one per image (B,). step_size: likewise one number, or a list, array or tensor of one per step.
+    norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts,
+    each image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps.
+    Raises ValueError, also for images outside [0, 1], if they are on a CPU.
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
@@ -102,10 +102,10 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
 
 def scaled(objective, scale):
     """
-    objective, for a network in fp16: the same values (B,), but their gradient is multiplied by scale on its way through
-    the network, since that of a confident logit would round to zero there. Where it overflows all the same, which GradScaler
-    sees in the gradients of weights only, the pixel rests for this step and its image has a sixteenth of the scale in the
-    next.
+    objective, for a network in fp16: the same values (B,), but their gradient is multiplied by scale on its
+    way through the network, since that of a confident logit would round to zero there. Where it overflows all
+    the same, which GradScaler sees in the gradients of weights only, the pixel rests for this step and its
+    image has a sixteenth of the scale in the next.
     """
     scales = None
 
@@ -159,10 +159,11 @@ def frozen_statistics(model):
 @contextmanager
 def attack_mode(model, bn='eval'):
     """
-    For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients in every
-    step), and BN in 'eval' mode, its running statistics; in 'train' mode, the statistics of the attacked batch, while
-    the running ones stay; or 'moving': in train mode, and every step moves the running statistics too (Madry, Rice,
-    ARD, IAD, Wong). Modes and flags are restored after. Raises ValueError for another bn.
+    For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients
+    in every step), and BN in 'eval' mode, its running statistics; in 'train' mode, the statistics of the
+    attacked batch, while the running ones stay; or 'moving': in train mode, and every step moves the running
+    statistics too (Madry, Rice, ARD, IAD, Wong). Modes and flags are restored after. Raises ValueError for
+    another bn.
     """
     if bn not in ('eval', 'train', 'moving'):
         raise ValueError(f"bn is 'eval', 'train' or 'moving', not {bn!r}")
@@ -198,7 +199,7 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     with torch.no_grad():
         for w, d in zip(weights, gradients):
             step = d * (gamma * w.norm() / (d.norm() + 1e-20))
-            w.add_(torch.where(step.isfinite(), step, 0.0))         # in fp16 d may overflow: this w stays as it is
+            w.add_(torch.where(step.isfinite(), step, 0.0))     # in fp16 d may overflow: no step
     try:
         yield
     finally:

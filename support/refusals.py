@@ -14,8 +14,8 @@ def refuse(message):
     raise Refused(message)
 
 def one_line(parser):
-    """From here on a Refused ends the script with its line and status 2, and Ctrl-C with a line; anything else is a
-    fault of ours and keeps its traceback. argparse's own errors lose the usage in front of them."""
+    """From here on a Refused ends the script with its line and status 2, and Ctrl-C with a line; anything
+    else is a fault of ours and keeps its traceback. argparse's own errors lose the usage in front of them."""
     def error(message):
         print(f'{parser.prog}: error: {message}', file=sys.stderr)
         sys.exit(2)
@@ -50,10 +50,13 @@ def seed(args):
         refuse(f'--seed {args.seed}: from 0 to 2^63 - 1')
 
 def model(name, **shape):
-    """Refuses what models.build cannot build; somebody else's FILE.py:FUNCTION is looked at when it is loaded."""
+    """Refuses what models.build cannot build; somebody else's FILE.py:FUNCTION is looked at when it is
+    loaded."""
     if '.py:' in name:
-        if any(shape.get(k) for k in ('width', 'mean', 'dual_bn')) or shape.get('activation', 'relu') != 'relu':
-            refuse(f'--model {name} makes the whole network: leave out --width, --normalize, --activation, --dual-bn')
+        shaped = any(shape.get(k) for k in ('width', 'mean', 'dual_bn'))
+        if shaped or shape.get('activation', 'relu') != 'relu':
+            refuse(f'--model {name} makes the whole network: leave out --width, --normalize, --activation, '
+                   '--dual-bn')
         return
     try:
         with torch.device('meta'):
@@ -65,24 +68,29 @@ def model(name, **shape):
 # the attack. On the command line it is in pixels (0..255)
 
 def attack(args):
-    """Fills in --step-size, and refuses the classic slips. args.eps is set. L2 radii are in pixels, too: 128 is the
-    0.5 of the CIFAR literature, 765 the 3.0 of ImageNet's."""
-    eps, pixels = args.eps, 'pixels, 0 to 255' if args.norm == 'Linf' else 'pixels, 255 times the usual radius'
+    """Fills in --step-size, and refuses the classic slips. args.eps is set. L2 radii are in pixels, too: 128
+    is the 0.5 of the CIFAR literature, 765 the 3.0 of ImageNet's."""
+    eps = args.eps
+    pixels = 'pixels, 0 to 255' if args.norm == 'Linf' else 'pixels, 255 times the usual radius'
     if args.step_size is None:
         args.step_size = eps / 4
     if not 0 < eps < math.inf:
         refuse(f'--eps {eps:g}: the radius is a positive number of {pixels}')
     if args.norm == 'L2':
         if eps < 10:                    # 0.5, 1.0, 3.0: a radius in units of [0, 1]
-            refuse(f'--norm L2 --eps {eps:g}: the radius is in {pixels}; for {eps:g} write --eps {255 * eps:g}')
+            refuse(f'--norm L2 --eps {eps:g}: the radius is in {pixels}; '
+                   f'for {eps:g} write --eps {255 * eps:g}')
     elif eps < 1:                       # 0.03, 0.3: a fraction of the range; 0.031: somebody's 8/255
-        hint = '0.031 is 7.9/255, not 8/255' if 0.031 <= eps < 0.0315 else f'{eps:g} of the range is {eps * 255:g}'
+        hint = f'{eps:g} of the range is {eps * 255:g}'
+        if 0.031 <= eps < 0.0315:
+            hint = '0.031 is 7.9/255, not 8/255'
         refuse(f'--eps {eps:g}: eps is in {pixels}; {hint}; for 8/255 write --eps 8')
     elif eps > 255:
         refuse(f'--eps {eps:g}: {pixels}')
     # 0.007, 0.003: a fraction again, and an attack that stands still
     if not eps / 100 <= args.step_size <= max(255, eps):
-        refuse(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; 2/255 is 2, 0.007 is 1.8')
+        refuse(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; 2/255 is 2, '
+               '0.007 is 1.8')
 
 # -----------------------------------------------------------------------------
 # training
@@ -99,8 +107,8 @@ def optimisation(args, world=1):
         refuse(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
     parts = world * args.accumulate
     if args.batch_size % parts or args.batch_size < 2 * parts:
-        refuse(f'--batch-size {args.batch_size} in {world} processes times {args.accumulate} parts: a multiple of '
-               f'{parts}, and at least two images in each')
+        refuse(f'--batch-size {args.batch_size} in {world} processes times {args.accumulate} parts: '
+               f'a multiple of {parts}, and at least two images in each')
 
 def images(args, n, world=1):
     """n: how many training images there are. Returns a note for the screen, or None."""
@@ -168,8 +176,8 @@ def training(args, method, hp, world=1):
         refuse(f'--targets: --loss {loss} takes no cross-entropy to a label')
     n_extra = round(args.extra_fraction * args.batch_size)
     if args.extra and not 0 < n_extra < args.batch_size:
-        refuse(f'--extra-fraction {args.extra_fraction}: {n_extra} of {args.batch_size} images without a label, '
-               'and a batch needs both kinds')
+        refuse(f'--extra-fraction {args.extra_fraction}: {n_extra} of {args.batch_size} images without a '
+               'label, and a batch needs both kinds')
 
     # recipes, averages, normalisation
     if args.recipe == 'paper' and METHODS[loss].recipe is None:

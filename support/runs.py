@@ -1,6 +1,6 @@
 """
-What keeps a training alive, and what it leaves behind: a folder with a lock, a log, a state to resume from; signals,
-full disks and closed terminals.
+What keeps a training alive, and what it leaves behind: a folder with a lock, a log, a state to resume from;
+signals, full disks and closed terminals.
 
     run = Run(args)                                 # locks args.out
     saved = run.begin(config, state)                # the same run as in the folder, or it is refused
@@ -39,8 +39,8 @@ class Stopped(Exception):
     """A signal asked for the end, and the state is saved."""
 
 class Run:
-    """args: of a training script; out, resume, save_minutes, dry_run, epochs, batch_size and accumulate are read.
-    Raises Refused if another run is at work in the folder, or has been and is not to be continued."""
+    """args: of a training script; out, resume, save_minutes, dry_run, epochs, batch_size and accumulate are
+    read. Raises Refused if another run is at work in the folder, or has been and is not to be continued."""
     def __init__(self, args):
         self.args, self.folder, self.rank = args, args.out, ddp.rank()
         self.stop_asked = False
@@ -65,7 +65,8 @@ class Run:
                     raise Refused(f'{self.folder} holds an unfinished run: continue it with --resume, '
                                   'choose another --out, or delete it')
                 if os.path.exists(f'{self.folder}/last.pt'):
-                    raise Refused(f'{self.folder} holds a trained model already: choose another --out, or delete it')
+                    raise Refused(f'{self.folder} holds a trained model already: choose another --out, '
+                                  'or delete it')
             with atomic(f'{self.folder}/.writable') as tmp, open(tmp, 'w') as f:
                 f.write('')
             os.remove(f'{self.folder}/.writable')
@@ -80,10 +81,10 @@ class Run:
                 os.rmdir(self.folder)
 
     def begin(self, config, state):
-        """config: the flags, the data's and teachers' fingerprints, versions: the first line of the log. state(): the
-        dict that save_state is given; what the folder holds is loaded into its modules and optimisers, and the rest
-        is returned, or None. Raises Refused if the folder holds a run of another config; ends the script if it holds
-        this one, finished."""
+        """config: the flags, the data's and teachers' fingerprints, versions: the first line of the log.
+        state(): the dict that save_state is given; what the folder holds is loaded into its modules and
+        optimisers, and the rest is returned, or None. Raises Refused if the folder holds a run of another
+        config; ends the script if it holds this one, finished."""
         self.config = config
         if self.args.dry_run:
             return None
@@ -96,7 +97,7 @@ class Run:
         saved = None
         if somewhere:
             if not here:
-                raise Refused(f'--resume: {path} is not on this machine: --out has to be on a disk that all see')
+                raise Refused(f'--resume: {path} is not on this machine: --out has to be where all see it')
             saved = self._load(checkpoint.read(path), state())
         if self.rank == 0:
             with atomic(f'{self.folder}/log.jsonl') as tmp, open(tmp, 'w') as f:
@@ -137,7 +138,7 @@ class Run:
                 say(f'note: started on {saved["config"]["device"]}, continued on {self.config["device"]}: '
                     'not bit for bit what it would have been')
         except (KeyError, TypeError, IndexError) as e:
-            raise Refused(f'{self.folder}/state.pt is no state of this script: delete it and start again') from e
+            raise Refused(f'{self.folder}/state.pt is no state of this script: delete it, start again') from e
         torch.set_rng_state(mine['noise'])
         if torch.cuda.is_available():
             torch.cuda.set_rng_state(mine['cuda_noise'])
@@ -146,8 +147,8 @@ class Run:
         return mine['values']
 
     def save_state(self, state):
-        """Everything the next step depends on, to state.pt. state(): a dict of modules, optimisers, None, and values;
-        called in every process, each of which has noise, BN statistics and values of its own."""
+        """Everything the next step depends on, to state.pt. state(): a dict of modules, optimisers, None, and
+        values; called in every process, each of which has noise, BN statistics and values of its own."""
         state = state()
         modules = {k: v for k, v in state.items() if isinstance(v, torch.nn.Module)}
         shared = {k: v.state_dict() for k, v in state.items() if hasattr(v, 'state_dict')}
@@ -166,13 +167,13 @@ class Run:
                     buffers={k: [b.cpu() for b in module.buffers()] for k, module in modules.items()})
         ranks = ddp.gather(mine)
         if self.rank == 0:
-            save(f'{self.folder}/state.pt', dict(config=self.config, shared=shared, ranks=ranks, rows=self.rows,
-                                                 seconds=self.seconds()))
+            whole = dict(config=self.config, shared=shared, ranks=ranks, rows=self.rows, seconds=self.seconds())
+            save(f'{self.folder}/state.pt', whole)
         self.saved_at = time.perf_counter()
 
     def save_if_due(self, state):
-        """After every step: a state every --save-minutes, and when the run is asked to stop, which then raises
-        Stopped."""
+        """After every step: a state every --save-minutes, and when the run is asked to stop, which then
+        raises Stopped."""
         due = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
         stopping, due = ddp.any_rank(self.stop_asked, due)
         if stopping or due:
@@ -214,12 +215,12 @@ class Run:
                 told = time.perf_counter()
                 say(f'{what}: {k} of {total}')
             yield thing
-        if torch.cuda.is_available():       # whoever looks at the clock now means what is computed, not what is asked for
+        if torch.cuda.is_available():       # the clock is for what is computed, not for what is asked for
             torch.cuda.synchronize()
 
     def estimate(self, update, batches, validate, net, steps, validations):
-        """--dry-run: times a few steps and validate(net), says how long all of it takes, and ends the script. steps,
-        validations: how many there are in the whole training."""
+        """--dry-run: times a few steps and validate(net), says how long all of it takes, and ends the script.
+        steps, validations: how many there are in the whole training."""
         x, y = next(batches)
         update(x, y)                                # compilation, and what is done once
         t0 = time.perf_counter()
@@ -229,8 +230,8 @@ class Run:
         t0 = time.perf_counter()
         validate(net)
         minutes = (steps * step + validations * (time.perf_counter() - t0)) / 60
-        say(f'{steps} steps of {step:.2f} s, and validation: about {minutes:.0f} minutes ({minutes / 60:.1f} hours). '
-            'Nothing was written')
+        say(f'{steps} steps of {step:.2f} s, and validation: about {minutes:.0f} minutes '
+            f'({minutes / 60:.1f} hours). Nothing was written')
         sys.exit()
 
     # --- the models
@@ -238,7 +239,8 @@ class Run:
     def save_model(self, name, net, **meta):
         """net and what is known of it; of the configuration, what others ask for by name stands beside it."""
         if self.rank == 0:
-            shown = {k: self.config[k] for k in ('loss', 'hparams', 'dataset', 'eps', 'norm') if k in self.config}
+            asked = ('loss', 'hparams', 'dataset', 'eps', 'norm')
+            shown = {k: self.config[k] for k in asked if k in self.config}
             checkpoint.save_checkpoint(f'{self.folder}/{name}', net, run=self.config, **shown, **meta)
 
     def finish(self):
@@ -267,8 +269,9 @@ class Run:
         if threading.current_thread() is threading.main_thread():   # elsewhere Python takes no handlers
             for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', None),
                            getattr(signal, 'SIGUSR1', None)):
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:      # nohup stays nohup
-                    before[number] = signal.signal(number, self._signal)
+                if number is None or signal.getsignal(number) is signal.SIG_IGN:        # nohup stays nohup
+                    continue
+                before[number] = signal.signal(number, self._signal)
         intact = f'{self.folder} holds what was saved before, and --resume continues'
         try:
             yield
@@ -290,11 +293,11 @@ class Run:
             if 'DataLoader worker' in str(e):
                 sys.exit(f'{e}. A process that decodes images has died: too little memory, or shared memory '
                          f'(/dev/shm; docker run --shm-size)? Stopped {self.at}; {intact}')
-            signs = 'out of memory', "can't allocate memory", 'alloc_failed'        # PyTorch's, oneDNN's, cuDNN's
+            signs = 'out of memory', "can't allocate memory", 'alloc_failed'    # PyTorch's, oneDNN's, cuDNN's
             if not any(sign in str(e).lower() for sign in signs):
                 raise
-            sys.exit(f'out of memory with --batch-size {self.args.batch_size}: try {self.args.batch_size // 2}, '
-                     f'or --accumulate {2 * self.args.accumulate}')
+            size, parts = self.args.batch_size, self.args.accumulate
+            sys.exit(f'out of memory with --batch-size {size}: try {size // 2}, or --accumulate {2 * parts}')
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -309,6 +312,7 @@ class Run:
 def check_finite(losses, val_loss, epoch):
     """losses: of the steps of the epoch (n,). Raises FloatingPointError that names the first bad one."""
     bad = (~losses.isfinite()).nonzero()
-    if len(bad) or not math.isfinite(val_loss):     # a last update that broke the weights shows in val_loss only
+    # a last update that broke the weights shows in val_loss only
+    if len(bad) or not math.isfinite(val_loss):
         batch = int(bad[0]) + 1 if len(bad) else len(losses)
         raise FloatingPointError(f'non-finite loss in epoch {epoch}, batch {batch}')
