@@ -17,7 +17,7 @@ def test_teacher_falls_and_student_stands(tmp_path):
         python(tmp_path, 'evaluate.py', f'runs/{run}/best.pt', '--attacks', 'pgd', '--out', f'{run}.json')
         results = json.loads((tmp_path / f'{run}.json').read_text())['results']
         accuracy[run] = results['clean']['accuracy'], results['pgd-20']['accuracy']
-        assert (tmp_path / f'runs/{run}/curves.png').stat().st_size > 1000
+        assert (tmp_path / f'runs/{run}/training.png').stat().st_size > 1000
     (teacher_clean, teacher_pgd), (student_clean, student_pgd) = accuracy.values()
     assert teacher_clean > 95 and teacher_pgd < 5
     assert student_clean > 95 and student_pgd > 85
