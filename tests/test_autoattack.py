@@ -11,7 +11,7 @@ from pyautoattack import AutoAttack
 
 import attacks, data
 from support import checkpoint
-from tools.figures import load_network
+from tools.reading import load_network
 from support.imagenet import in_memory
 from models import bn_branch
 from test_smoke import run

@@ -1,14 +1,18 @@
 """The pictures show the numbers that they were given, also in grey, and nothing is cut off."""
-import json, pathlib
+import itertools
+import json
+import pathlib
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from tools import figures
+from support import describe, drawing
+from tools import figures, reading
 from test_smoke import HERE, run
 
 STAGES = ['clean', 'fgsm', 'pgd-20', 'autoattack, after apgd-ce', 'autoattack, after apgd-t',
@@ -22,7 +26,8 @@ def report(seed=0, K=10, **changes):
     for i, row in enumerate(STAGES):
         accuracy = 95.5 - 10 * i - g.integers(5)
         results[row] = dict(accuracy=accuracy, interval=[accuracy - 4.0, accuracy + 3.0], n=200,
-                            per_class={str(c): float(g.integers(101)) for c in range(K) if c != 3})
+                            per_class={str(c): float(g.integers(101)) for c in range(K) if c != 3},
+                            confusion=g.integers(10, size=(K, K)).tolist() if K <= 100 else None)
     return dict(dict(checkpoint='runs/nowhere/best.pt', fingerprint='0' * 16, dataset='cifar10', norm='Linf',
                      eps_pixels=8.0, images='first 200 of 10000 test images', args=dict(data_dir='data'),
                      model=dict(name='resnet18', num_classes=K), results=results, complete=True,
@@ -32,8 +37,8 @@ def write(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
 
-def heights(axes):
-    """label -> heights of its bars."""
+def widths(axes):
+    """label -> lengths of its bars."""
     return {c.get_label(): c.datavalues for c in axes.containers if hasattr(c, 'datavalues')}
 
 # -----------------------------------------------------------------------------
@@ -43,29 +48,39 @@ def test_bars_are_the_accuracies_of_the_reports():
     reports = {'a': report(0), 'b': report(1)}
     del reports['b']['results']['fgsm']
     axes, = figures.stages(reports).axes
-    drawn = heights(axes)
+    drawn = widths(axes)
     assert list(drawn) == ['a', 'b']
     for label, values in drawn.items():
         rows = [reports[label]['results'].get(row, {}) for row in STAGES[:7]]
         expected = [row.get('accuracy', np.nan) for row in rows]
         assert np.array_equal(values, expected, equal_nan=True)
     whiskers = next(c for c in axes.containers if not hasattr(c, 'datavalues')).lines[2][0].get_segments()
-    assert np.allclose(whiskers[2][:, 1], reports['a']['results']['pgd-20']['interval'])
-    written = {t.get_text() for t in axes.texts}
-    assert {f'{v:.1f}' for values in drawn.values() for v in values if v == v} == written
+    assert np.allclose(whiskers[2][:, 0], reports['a']['results']['pgd-20']['interval'])
+    written = [t.get_text() for t in axes.texts]
+    assert written == [f'{v:.1f}' for values in drawn.values() for v in values if v == v]
 
-def test_bars_per_class():
+def test_the_table_of_classes():
     reports = {'a': report(0), 'b': report(1)}
     figure = figures.by_class(reports, CIFAR)
     assert [axes.get_title() for axes in figure.axes] == ['a', 'b']
+    assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == CIFAR
     for axes, r in zip(figure.axes, reports.values()):
-        assert [t.get_text() for t in axes.get_xticklabels()] == CIFAR
-        assert list(heights(axes)) == ['clean', 'fgsm', 'pgd-20', 'autoattack (worst case)']
-        for row, values in heights(axes).items():
+        rows = [t.get_text() for t in axes.get_yticklabels()]
+        assert rows == ['clean', 'fgsm', 'pgd-20', 'autoattack (worst case)']
+        for row, values in zip(rows, axes.images[0].get_array().filled(np.nan)):
             assert np.isnan(values[3]) and values[9] == r['results'][row]['per_class']['9']
+        assert [t.get_text() for t in axes.texts[:2]] == [f'{v:.0f}' for v in axes.images[0].get_array()[0][:2]]
+
+def test_of_a_thousand_classes_the_worst_twenty():
+    r = report(K=1000)
+    axes, = figures.by_class({'a': r}, [str(c) for c in range(1000)]).axes
+    per_class = r['results']['autoattack (worst case)']['per_class']
+    shown = [t.get_text() for t in axes.get_xticklabels()]
+    assert len(shown) == 20 and '20 worst' in axes.get_title()
+    assert max(per_class[c] for c in shown) <= min(v for c, v in per_class.items() if c not in shown)
 
 def test_confusion_counts_rows_in_percent():
-    axes = figures.confusion([0, 0, 0, 0, 1, 2], [0, 0, 0, 2, 1, 1], ['a', 'b', 'c']).axes[0]
+    axes = figures.confusion([[3, 0, 1], [0, 1, 0], [0, 1, 0]], ['a', 'b', 'c']).axes[0]
     assert np.array_equal(axes.images[0].get_array(), [[75, 0, 25], [0, 100, 0], [0, 100, 0]])
     assert [t.get_text() for t in axes.texts][:3] == ['75', '0', '25']
 
@@ -95,7 +110,7 @@ def test_tsne_puts_like_to_like():
 
 def test_training_shows_the_log():
     rows = [dict(epoch=e, loss=3.0 / e, val_clean=10.0 * e, val_pgd20=5.0 * e) for e in (1, 2, 3)]
-    left, right = figures.training({'a': rows, 'teacher': [dict(epoch=1, loss=1.0, val_clean=9.0)]}).axes
+    left, right = drawing.training({'a': rows, 'teacher': [dict(epoch=1, loss=1.0, val_clean=9.0)]}).axes
     lines = {line.get_label(): list(line.get_ydata()) for line in left.lines}
     assert lines == {'a, clean': [10, 20, 30], 'a, PGD-20': [5, 10, 15], 'teacher, clean': [9]}
     assert list(right.lines[0].get_ydata()) == [3, 1.5, 1]
@@ -105,14 +120,36 @@ def test_eps_curve(monkeypatch):
     net = lambda x: torch.stack([x.mean((1, 2, 3)), torch.full((len(x),), 0.5)], 1)
     x = torch.stack([torch.full((3, 4, 4), 0.5 + m / 255) for m in (-1, 1, 3, 5, 7)])
     y = torch.zeros(5, dtype=torch.int64)
-    assert figures.eps_curve(net, x, y, [0, 2, 4, 6, 8, 10]) == [4, 3, 2, 1, 0, 0]
+    points = figures.eps_curve(net, x, y, [0, 2, 4, 6, 8, 10])
+    assert [point[:2] for point in points] == [(0, 80), (2, 60), (4, 40), (6, 20), (8, 0), (10, 0)]
+    assert np.allclose(points[2][2:], [11.76, 76.93], atol=0.01)
     x_adv, logits = figures.under_pgd(net, x, y, 4)
     assert (x_adv - x).abs().max() <= 4.001 / 255 and torch.equal(logits, net(x_adv))
-    axes, = figures.against_eps({'a': [4, 2, 0]}, 5, [0, 8, 16], 8).axes
-    assert np.allclose(axes.lines[0].get_ydata(), [80, 40, 0])
+    axes, = figures.against_eps({'a': points}, 8).axes
+    assert np.allclose(axes.lines[0].get_ydata(), [80, 60, 40, 20, 0, 0])
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert np.allclose(figures.wilson(2, 5), [11.76, 76.93], atol=0.01) and band.min() >= -1e-9
-    assert np.isclose(band, figures.wilson(2, 5)[1]).any() and np.isclose(band, figures.wilson(2, 5)[0]).any()
+    assert np.isclose(band, points[2][2]).any() and np.isclose(band, points[2][3]).any() and band.min() >= -1e-9
+
+def test_a_sweep_of_ones_own_is_what_is_drawn(tmp_path, monkeypatch):
+    """With its own radii and number of images, and nothing is measured for it; of the attack's other rows, none."""
+    monkeypatch.setattr(figures, 'save', lambda figure, path: None)
+    r = report()
+    for eps in (12, 4, 3.5):
+        r['results'][f'pgd-20 at eps {eps:g}'] = dict(r['results']['fgsm'], accuracy=50.0 - eps, interval=[10.0, 60.0])
+    drawn = figures.draw(write(tmp_path / 'a.json', r), 'none', tmp_path / 'out')
+    results, axes = r['results'], drawn['eps'].axes[0]
+    assert axes.lines[0].get_xdata().tolist() == [0, 3.5, 4, 8, 12]
+    assert axes.lines[0].get_ydata().tolist() == [results['clean']['accuracy'], 46.5, 46,
+                                                  results['pgd-20']['accuracy'], 38]
+    assert 'first 200 of 10000' in drawn['eps'].get_suptitle()
+    assert [t.get_text() for t in drawn['stages'].axes[0].get_yticklabels()] == STAGES[:7]
+
+def test_training_png_is_one_picture(tmp_path, monkeypatch):
+    """What a run leaves in its folder is what the figures show."""
+    shown = []
+    monkeypatch.setattr(drawing, 'training', lambda logs, title='': shown.append(logs) or Figure())
+    describe.draw_curves([dict(epoch=1, loss=1.0)], str(tmp_path / 'training.png'))
+    assert [p.name for p in tmp_path.iterdir()] == ['training.png'] and len(shown) == 1
 
 # -----------------------------------------------------------------------------
 # in print
@@ -124,30 +161,110 @@ def every_figure(K, names):
     reports = {f'logit_mse beta 0.2, number {i}': report(i, K) for i in range(2)}
     log = [dict(epoch=e, loss=1.0, val_clean=5.0, val_pgd20=1.0) for e in (1, 2)]
     title = 'logit_mse beta 0.2; cifar10, Linf 8/255\n3000 images: 43.5 % right, 20.5 % under PGD-20'
+    points = [(0, 90, 80, 95), (8, 50, 40, 60), (16, 0, 0, 20)]
     yield figures.stages(reports, title)
     yield figures.by_class(reports, names, title)
-    yield figures.against_eps({label: [9, 5, 0] for label in reports}, 10, [0, 8, 16], 8, title)
+    yield figures.against_eps({label: points for label in reports}, 8, title)
     yield figures.images(x, x, logits[:8], logits[:8], y[:8], names, title)
     yield figures.tsne(logits, logits, y, names, title)
-    yield figures.confusion(y, y, names, title)
-    yield figures.training({label: log for label in reports})
+    yield figures.confusion(reports['logit_mse beta 0.2, number 0']['results']['clean']['confusion'], names, title)
+    yield drawing.training({label: log for label in reports})
+
+def boxes(figure):
+    """Of every text that is to be seen: itself, its angle, its box on the page and the one in its own direction."""
+    figure.draw_without_rendering()
+    for text in figure.findobj(Text):
+        angle, page = text.get_rotation(), text.get_window_extent()
+        if not (text.get_visible() and text.get_text().strip() and page.width and page.height):
+            continue
+        anchor = np.array(text.get_transform().transform(text.get_position()))
+        text.set_rotation(0)
+        flat = text.get_window_extent()
+        text.set_rotation(angle)
+        c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+        turned = np.array([[c, s], [-s, c]]) @ anchor
+        yield text.get_text(), angle, page.padded(-1), flat.translated(*(turned - anchor)).padded(-1)
+
+def overlapping(figure):
+    """Pairs of its texts of which one lies on the other, by the renderer's word. Side by side, turned texts overlap
+    on the page as boxes, but not in their own direction."""
+    pairs = []
+    for (a, angle, *a_boxes), (b, other, *b_boxes) in itertools.combinations(boxes(figure), 2):
+        own = angle == other
+        if a_boxes[own].overlaps(b_boxes[own]):
+            pairs.append((a, b))
+    return pairs
+
+def in_style(function, *args):
+    with matplotlib.rc_context(drawing.STYLE):
+        return function(*args)
 
 @pytest.mark.parametrize('K, names', [(10, CIFAR), (100, [str(c) for c in range(100)])])
-def test_every_letter_is_large_enough_and_within_the_page(K, names):
-    with matplotlib.rc_context(figures.STYLE):
+def test_every_letter_is_large_enough_on_the_page_and_on_no_other(K, names):
+    with matplotlib.rc_context(drawing.STYLE):
         for figure in every_figure(K, names):
-            figure.draw_without_rendering()
+            assert not overlapping(figure)
             drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
             assert drawn.x0 > -0.01 and drawn.x1 < width + 0.01, figure.axes[0].get_ylabel()
             assert drawn.y0 > -0.01 and drawn.y1 < height + 0.01, figure.axes[0].get_ylabel()
             assert width <= 7 and all(text.get_size() >= 8 for text in figure.findobj(Text))
 
+def many_rows(seed=0):
+    rows = [*STAGES, *(f'{part} alone' for part in ('apgd-ce', 'apgd-t', 'fab-t', 'square')), 'transfer', 'transfer-cw',
+            'pgd-10', 'pgd-50', 'pgd-100', 'cw-20', 'pgd-trades', 'weak', 'strong', 'aa-fast (two of the four attacks)']
+    r = report(seed)
+    for row in rows:
+        r['results'].setdefault(row, r['results']['fgsm'])
+    return r
+
+@pytest.mark.parametrize('n', [1, 3, 9])
+def test_labels_of_many_rows_and_reports_never_overlap(n):
+    reports = {f'logit_mse beta 0.2, teacher runs/some-long/folder/best.pt, seed {i}': many_rows(i) for i in range(n)}
+    for figure in (in_style(figures.stages, reports, 'title'), in_style(figures.by_class, reports, CIFAR, 'title')):
+        assert not overlapping(figure)
+        drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        assert drawn.x0 > -0.01 and drawn.x1 < width + 0.01 and width <= 7
+
+@pytest.mark.parametrize('angle', [0, 45])
+def test_overlapping_labels_are_found(angle):
+    for distance, expected in ((0.001, [('aaaaaaaa', 'bbbbbbbb')]), (0.5, [])):
+        axes = Figure().subplots()
+        axes.set(xticks=[0, distance], xticklabels=['aaaaaaaa', 'bbbbbbbb'], xlim=(0, 1))
+        for label in axes.get_xticklabels():
+            label.set(rotation=angle, ha='right', rotation_mode='anchor')
+        assert overlapping(axes.figure) == expected
+
+def test_numbers_of_classes_in_one_place_do_not_overlap():
+    logits = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
+    figure = in_style(figures.tsne, logits, logits, torch.arange(60) % 20, [str(c) for c in range(20)])
+    assert not overlapping(figure)
+
+@pytest.mark.parametrize('n', [1, 8, 10, 11, 100, 1000])
+def test_no_two_colours_are_the_same(n):
+    assert len(set(drawing.colours(n))) == n
+
+@pytest.mark.parametrize('n', [3, 12])
+def test_colours_never_repeat_within_a_picture(n):
+    labels = [str(i) for i in range(n)]
+    bars = figures.stages({label: report(i) for i, label in enumerate(labels)}).axes[0]
+    shown = [to_hex(c[0].get_facecolor()) for c in bars.containers if hasattr(c, 'datavalues')]
+    assert len(set(shown)) == n
+    lines = figures.against_eps({label: [(0, 9, 8, 10), (8, 5, 4, 6)] for label in labels}, 8).axes[0].lines[:n]
+    assert len({to_hex(line.get_color()) for line in lines}) == n
+    log = [dict(epoch=1, loss=1.0, val_clean=5.0)]
+    lines = drawing.training({label: log for label in labels}).axes[1].lines
+    assert len({to_hex(line.get_color()) for line in lines}) == n
+    y = torch.arange(10 * n)
+    logits = torch.randn(10 * n, 10 * n, generator=torch.Generator().manual_seed(0))
+    points = figures.tsne(logits, logits, y, [str(c) for c in range(10 * n)]).axes[0].collections
+    assert len({to_hex(c.get_facecolor()[0], keep_alpha=False) for c in points}) == 10 * n
+
 def test_series_differ_without_colour():
-    for marks in (figures.HATCHES, figures.LINES, figures.MARKERS[:8]):
-        assert len(set(marks)) == 8 == len(figures.COLOURS)
+    for marks in (drawing.HATCHES, drawing.LINES, drawing.MARKERS[:8]):
+        assert len(set(marks)) == 8 == len(drawing.EIGHT)
     reports = {str(i): report(i) for i in range(8)}
     bars = figures.stages(reports).axes[0]
-    lines = figures.against_eps({k: [1, 0] for k in reports}, 2, [0, 8], 8)
+    lines = figures.against_eps({k: [(0, 9, 8, 10), (8, 5, 4, 6)] for k in reports}, 8)
     assert len({c[0].get_hatch() for c in bars.containers if hasattr(c, 'datavalues')}) == 8
     assert len({(line.get_marker(), str(line._dash_pattern)) for line in lines.axes[0].lines[:8]}) == 8
     logits = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
@@ -155,14 +272,14 @@ def test_series_differ_without_colour():
     assert len({c.get_paths()[0].vertices.tobytes() for c in points.collections}) == 10
 
 def test_a_picture_is_whole_or_absent(tmp_path, monkeypatch):
-    figures.save(Figure(), tmp_path / 'a')
+    drawing.save(Figure(), tmp_path / 'a')
     before = (tmp_path / 'a.png').read_bytes()
     def half(self, path, **options):
         pathlib.Path(path).write_bytes(b'half')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(Figure, 'savefig', half)
     with pytest.raises(OSError):
-        figures.save(Figure(), tmp_path / 'a')
+        drawing.save(Figure(), tmp_path / 'a')
     assert (tmp_path / 'a.png').read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 # -----------------------------------------------------------------------------
@@ -178,7 +295,7 @@ def evaluated(tmp_path_factory):
 
 def test_the_script_draws_everything(evaluated, tmp_path, capsys):
     path, _ = evaluated
-    drawn = run('tools/figures.py', path, '--n', 20, '--per-class', 2, '--out', tmp_path)['drawn']
+    drawn = run('tools/figures.py', path, '--per-class', 2, '--out', tmp_path)['drawn']
     names = ['confusion', 'eps', 'images', 'per_class', 'stages', 'training', 'tsne']
     assert sorted(p.name for p in tmp_path.iterdir()) == [f'{n}.{e}' for n in names for e in ('pdf', 'png')]
     for name in names:
@@ -191,19 +308,27 @@ def test_the_script_draws_everything(evaluated, tmp_path, capsys):
     assert radii[0] == 0 and accuracy[0] == results['clean']['accuracy'] > 15
     assert radii[6] == 8 and abs(accuracy[6] - results['pgd-20']['accuracy']) <= 5
     assert (np.diff(accuracy) <= 0).all()
-    assert heights(drawn['stages'].axes[0])['standard'].tolist() == [r['accuracy'] for r in results.values()]
+    assert widths(drawn['stages'].axes[0])['standard'].tolist() == [r['accuracy'] for r in results.values()]
     assert sum(len(c.get_offsets()) for c in drawn['tsne'].axes[0].collections) == 20
 
 def test_two_reports_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, 'save', lambda figure, path: None)
     a, b = (write(tmp_path / f'{k}.json', report(k)) for k in (1, 2))
     drawn = figures.draw([a, b], 'none', tmp_path)
-    assert list(drawn) == ['stages', 'per_class']
-    assert list(heights(drawn['stages'].axes[0])) == ['trades beta 1', 'trades beta 2']
-    again = [report(1), report(2), report(1)]
-    assert figures.labels_of(['x', 'y', 'z'], again) == ['x', 'y', 'z']
-    again[2]['images'] = 'all'
-    assert figures.labels_of(['x', 'y', 'z'], again)[2] == 'trades beta 1, all'
+    assert list(drawn) == ['stages', 'per_class', 'confusion-trades-beta-1', 'confusion-trades-beta-2']
+    assert list(widths(drawn['stages'].axes[0])) == ['trades beta 1', 'trades beta 2']
+
+def test_reports_of_one_method_are_told_apart_by_what_differs():
+    def of(seed, **run):
+        return report(1, trained=dict(loss='trades', hparams=dict(beta=6.0, reverse=False), run=dict(run, seed=seed)))
+    paths = ['runs/x/best.json', 'runs/y/best.json', 'z.json']
+    assert reading.labels(paths, [of(0), of(1), report(2)]) == ['trades beta 6; seed 0', 'trades beta 6; seed 1',
+                                                               'trades beta 2']
+    assert reading.labels(paths, [of(0), of(0, awp=0.005), of(0)]) == ['x/best', 'y/best', 'z']
+    first, *_ = reading.labels(paths, [dict(of(0), images='all'), of(0), report(2)])
+    assert first == 'trades beta 6; images all'
+    with pytest.raises(figures.Refused, match='the same report twice'):
+        reading.labels(['x.json', './x.json'], [of(0), of(0)])
 
 BAD = [     # report, more arguments, what the one line has to say
     (None, '', 'No such file'),
@@ -221,6 +346,7 @@ BAD = [     # report, more arguments, what the one line has to say
     (report(dataset='synthetic', model=dict(name='resnet18', num_classes=10, width=4)), '--checkpoint {pt}',
      'is not what was evaluated (fingerprint'),
     (report(), '--n 0', '--n 0'),
+    (report(), '{bad}', 'the same report twice'),
     (report(), '--out {tmp}/bad.json', 'cannot write'),
     (report(), '--out /proc/nowhere', 'cannot write /proc/nowhere'),
 ]
@@ -230,7 +356,7 @@ def test_bad_input_is_one_clear_line(content, argv, says, evaluated, tmp_path, c
     good, pt = evaluated
     if content is not None:
         write(tmp_path / 'bad.json', content)
-    argv = argv.format(tmp=tmp_path, good=good, pt=pt).split()
+    argv = argv.format(tmp=tmp_path, good=good, pt=pt, bad=tmp_path / 'bad.json').split()
     with pytest.raises(SystemExit) as e:
         run('tools/figures.py', tmp_path / 'bad.json', *argv)
     out = capsys.readouterr()
@@ -251,4 +377,4 @@ def test_the_reports_of_this_repository_can_be_drawn():
     paths = [path for path in paths if 'results' in json.loads(path.read_text())]       # not those of speed
     assert len(paths) > 10
     for path in paths:
-        figures.load_report(path)
+        reading.load(path)

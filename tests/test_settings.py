@@ -86,10 +86,11 @@ def test_somebody_elses_network_is_evaluated(tmp_path):
 
 def test_two_reports_are_compared_by_image(tmp_path, capsys):
     def write(name, eps, **masks):
-        rows = {k.replace('_', '-'): dict(robust=m, accuracy=100 * m.count('1') / len(m))
-                for k, m in masks.items()}
+        rows = {k.replace('_', '-'): dict(robust=m, accuracy=100 * m.count('1') / len(m), interval=[0, 100],
+                                          per_class={'0': 50.0}) for k, m in masks.items()}
         (tmp_path / name).write_text(json.dumps(dict(
-            dataset='d', images='first 20', norm='Linf', eps_pixels=eps, complete=True, results=rows)))
+            dataset='d', images='first 20', norm='Linf', eps_pixels=eps, complete=True, results=rows, args={},
+            checkpoint='best.pt', fingerprint='0', trained={}, model=dict(num_classes=10))))
     write('a.json', 8, clean='1' * 20, pgd_20='1' + '0' * 8 + '1' * 11)
     write('b.json', 8, clean='1' * 20, pgd_20='0' + '1' * 8 + '1' * 11)
     write('c.json', 4, clean='1' * 20)
