@@ -187,11 +187,12 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     """
     Wu et al. 2020, "Adversarial Weight Perturbation Helps Robust Generalization" (AWP). For the time of the
     block every convolution's and every linear weight w is w + gamma |w| d / |d|, d the gradient of
-    objective() -> scalar, one step uphill; norm layers and biases stay. Afterwards the weights are back, bit
-    for bit. average(gradients): in place, over several processes. (The authors step
+    objective() -> scalar, one step uphill; norm layers, biases and frozen weights stay. Afterwards the
+    weights are back, bit for bit. average(gradients): in place, over several processes. (The authors step
     before they subtract: their weight decay also acts on the perturbation.)
     """
-    weights = [p for name, p in model.named_parameters() if p.dim() > 1 and 'weight' in name]
+    weights = [p for name, p in model.named_parameters()
+               if p.dim() > 1 and 'weight' in name and p.requires_grad]
     gradients = torch.autograd.grad(objective(), weights)
     if average:
         average(gradients)

@@ -36,6 +36,14 @@ def test_awp_moves_the_matrices_by_gamma_uphill_and_restores_every_bit(net):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
 
+def test_awp_leaves_a_frozen_layer_alone(net):
+    net.conv1.weight.requires_grad_(False)
+    before = state(net)
+    with attacks.weights_perturbed(net, lambda: F.cross_entropy(net(X), Y), gamma=0.01):
+        assert torch.equal(net.conv1.weight, before['conv1.weight'])
+        assert not torch.equal(net.linear.weight, before['linear.weight'])
+    assert not net.conv1.weight.requires_grad and torch.equal(net.linear.weight, before['linear.weight'])
+
 def test_awp_changes_the_update_and_leaves_the_statistics_to_the_real_forwards(tmp_path):
     """With a learning rate of zero the weights stay where they were, bit for bit."""
     script = train(tmp_path / 'a', '--awp', 0.01, '--awp-warmup', 0, '--lr', 0)

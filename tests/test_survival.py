@@ -34,11 +34,12 @@ def same(a, b):
     assert a[1] == b[1]
     assert a[0].keys() == b[0].keys() and all(torch.equal(v, b[0][k]) for k, v in a[0].items())
 
-def started(command):
+def started(command, **options):
     def heed():                     # what a shell starts in the background ignores Ctrl-C, and hands that on
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed,
+                            **options)
 
 @pytest.fixture(scope='module')
 def undisturbed(teacher, tmp_path_factory):
@@ -119,6 +120,17 @@ def test_the_teacher_resumes_too(tmp_path):
     process.communicate()
     subprocess.run([*command, str(tmp_path / 'b'), '--resume'], check=True, stdout=subprocess.DEVNULL)
     same(finished(tmp_path / 'a'), finished(tmp_path / 'b'))
+
+def test_two_students_that_need_one_teacher(tmp_path):
+    """One trains it, the other waits and says so."""
+    command = [*ADV[:-1], '--loss', 'logit_mse', '--epochs', '1', '--seed']
+    both = [started([*command, seed], cwd=tmp_path) for seed in '01']
+    shown = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum('waiting for the one that another run trains' in text for text in shown) == 1
+    assert sum('training it first' in text for text in shown) >= 1
+    known = [torch.load(path, weights_only=True)['teacher']['fingerprint'] for path in tmp_path.glob('runs/*-s?/last.pt')]
+    assert len(known) == 2 and known[0] == known[1]
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29517']
 # one update, no noise, and no sign of a gradient near zero: what differs is the order of the sums
