@@ -138,13 +138,14 @@ def advprop(logits, logits_adv, y):
     [CE(p, y) + CE(p', y)] / 2, p' through its own BN
     Their text adds the two; implementations average the concatenated batch, as here. Its row switches
     --dual-bn on: x through the main BN, x' through the auxiliary one, which also crafts x', untargeted
-    (theirs aims at a random class). The recipe is Dallaire et al.'s."""
+    (theirs aims at a random class). --recipe paper is Dallaire et al.'s, who craft through the main BN."""
     return nat_adv(logits, logits_adv, y)
 
 def als(logits, y, *, alpha=0.1):
     """Goibert & Dohmatob 2019, "Adversarial Robustness via Label-Smoothing" (ALS). No attack.
     CE(p, (1 - alpha) y + alpha argmin p)
-    They sweep alpha and name no default. --targets als is the same rule in any other loss."""
+    They sweep alpha and name no default. --targets als is the same rule in any other loss. --recipe paper is
+    Dallaire et al.'s; Goibert & Dohmatob take SGD without momentum, lr 1e-4, 50 epochs, batches of 100."""
     return ce(logits, adversarial(logits, hard(y), smoothing=alpha))
 
 def alp(logits, logits_adv, y, *, beta=0.5):
@@ -184,8 +185,8 @@ def lbgat(logits, logits_adv, guide_logits, y, *, beta=0.0):
 def softmax_kl(logits, logits_adv, t_logits, *, beta=0.2, reverse=False):
     """Al-Najjar et al., "Adversarial Training without Hard Labels", eq. 4. No label anywhere.
     beta [KL(g || p) + KL(g || p')] + KL(p || p')
-    The paper's notation leaves the teacher terms' direction open:
-    reverse takes KL(p || g) and KL(p' || g)."""
+    reverse takes KL(p || g) and KL(p' || g): so reads eq. 4 by the notation of eq. 2 and 3. The default
+    is the direction of distillation; both were measured (results/README.md)."""
     if reverse:
         teach = kl(t_logits, logits) + kl(t_logits, logits_adv)
     else:
@@ -240,12 +241,13 @@ def rslad(logits, logits_adv, t_logits, *, alpha=5/6, scale=0.1):
     scale 0.1 is their mean over ten classes, and what they use for a hundred."""
     return scale * (alpha * kl(logits_adv, t_logits) + (1 - alpha) * kl(logits, t_logits))
 
-def adaad(logits_adv, t_logits_adv, *, scale=0.1):
+def adaad(logits, logits_adv, t_logits, t_logits_adv, *, alpha=1.0, scale=0.1):
     """Huang et al. 2023, "Boosting Accuracy and Robustness of Student Models via AdaAD". No label anywhere.
-    scale KL(g' || p')
-    The teacher is read at x', and the attack climbs through both networks. scale as in rslad; they use 1
-    for a hundred classes."""
-    return scale * kl(logits_adv, t_logits_adv)
+    scale [alpha KL(g' || p') + (1 - alpha) KL(g || p)]
+    The teacher is read at x', and the attack climbs through both networks. As in their code x goes through
+    the student even where alpha is 1, and moves its BN statistics. scale as in rslad; they use 1 for a
+    hundred classes."""
+    return scale * (alpha * kl(logits_adv, t_logits_adv) + (1 - alpha) * kl(logits, t_logits))
 
 def kd_swa(logits_adv, t_logits_adv, s_logits_adv, y, *, alpha=0.6, gamma=0.1, T=2.0):
     """Chen et al. 2021, "Robust Overfitting may be Mitigated by Properly Learned Smoothening" (AKD2).
@@ -264,8 +266,8 @@ class Method(NamedTuple):
     teacher: str | None = None      # 'standard': found or trained if none is given. 'robust': has to be given
     recipe: dict | None = None      # --recipe paper: the flags of the method's paper and code. None: unknown
     shares: tuple = ()              # hyper-parameters that are shares, at most 1 together
-    # In fp16 the gradient of a confident logit is 0, so the attack's objective is multiplied by this before it is
-    # differentiated. That of MSE has no bound, and overflows before
+    # In fp16 the gradient of a confident logit is 0, so the attack's objective is multiplied by this before it
+    # is differentiated. That of MSE has no bound, and overflows before
     fp16_scale: float = 2.0 ** 10
 
 BESIDE = dict(init='normal')        # at x itself KL and MSE to the clean output have no gradient
@@ -275,14 +277,16 @@ STEPWISE = dict(schedule='step', lr=0.1, nesterov=False, weight_decay=2e-4)
 
 METHODS = {
     'standard':   Method(standard,   None, recipe={}),
-    'als':        Method(als,        None, shares=('alpha',)),
-    # Madry: 80,000 steps of 128
+    # Dallaire et al., this and the next but one: they state neither alpha nor the learning rate, "decreasing"
+    'als':        Method(als,        None, shares=('alpha',), recipe=dict(epochs=100)),
+    # Madry: 80,000 steps of 128; every forward of the attack moves the running statistics, too
     'pgd_at':     Method(pgd_at,     climb_ce, recipe=dict(
-                      STEPWISE, epochs=205, milestones=[0.5, 0.75], attack_bn='train')),
-    # Dallaire et al.: two steps of 2/255 from x, short of their eps of 0.1; they state no learning rate
+                      STEPWISE, epochs=205, milestones=[0.5, 0.75], attack_bn='moving')),
+    # two steps of 2/255 from x, short of their eps of 0.1
     'nat_adv':    Method(nat_adv,    climb_ce, recipe=dict(epochs=100, steps=2, init='zero')),
+    # their Algorithm 1 hands the flag of AdvProp to the prediction and not to the attack: the main BN crafts
     'advprop':    Method(advprop,    climb_ce, dict(dual_bn=True),
-                         recipe=dict(epochs=100, steps=2, init='zero')),
+                         recipe=dict(epochs=100, steps=2, init='zero', craft_branch='main')),
     'alp':        Method(alp,        climb_ce),
     'trades':     Method(trades,     climb_kl,  BESIDE, recipe=dict(
                       STEPWISE, epochs=76, milestones=[74 / 76])),
@@ -291,10 +295,11 @@ METHODS = {
     'mart':       Method(mart,       climb_ce,  BESIDE, recipe=dict(
                       STEPWISE, epochs=120, lr=0.01, weight_decay=3.5e-3,
                       milestones=[74 / 120, 89 / 120, 99 / 120])),
-    # their cosine warms up for 5 % of the training, ours for 25
+    # their code: a cosine from the first step on, AWP from epoch 10, five steps of eps / 2 in every epoch
+    # (fewer for early ones are overwritten there), weights averaged by 0.9 an epoch: here as much in 390 steps
     'dkl':        Method(dkl,        climb_kl,  BESIDE, recipe=dict(
-                      epochs=200, nesterov=False, eps_ramp=1.0, steps=5, step_size=4.0,
-                      awp=0.005, awp_warmup=0.05)),
+                      epochs=200, schedule='cosine', nesterov=False, eps_ramp=1.0, steps=5, step_size=4.0,
+                      awp=0.005, awp_warmup=9 / 200, ema=0.9 ** (1 / 390), bn_order='adv-nat')),
     # without their first epoch at a tenth of the rate
     'lbgat':      Method(lbgat,      climb_kl,  BESIDE, recipe=dict(
                       STEPWISE, epochs=100, milestones=[0.75, 0.9])),
@@ -303,18 +308,21 @@ METHODS = {
     'ltd':        Method(ltd,        climb_kl,  BESIDE, 'standard', recipe=dict(
                       STEPWISE, epochs=120, weight_decay=5e-4, nesterov=True, steps=8,
                       milestones=[0.6667, 0.8333])),
-    # ARD's and IAD's code forgets its second drop of the rate; the papers have it
+    # ARD's and IAD's code forgets its second drop of the rate; the papers have it. It attacks in train mode
     'ard':        Method(ard,        climb_ce,  {}, 'robust', shares=('alpha',), recipe=dict(
-                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='train')),
+                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving')),
     'iad1':       Method(iad1,       climb_ce,  {}, 'robust', recipe=dict(
-                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='train')),
+                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving')),
     'iad2':       Method(iad2,       climb_ce,  {}, 'robust', shares=('alpha', 'gamma'), recipe=dict(
-                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='train')),
+                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving')),
     'rslad':      Method(rslad,      climb_teacher, BESIDE, 'robust', shares=('alpha',), recipe=dict(
                       STEPWISE, epochs=300, milestones=[215 / 300, 260 / 300, 285 / 300])),
-    'adaad':      Method(adaad,      climb_both, BESIDE, 'robust'),
+    'adaad':      Method(adaad,      climb_both, BESIDE, 'robust', shares=('alpha',), recipe=dict(
+                      STEPWISE, epochs=200, milestones=[0.5, 0.75], weight_decay=5e-4)),
+    # their code: images standardised in the network, the attack in train mode, an average from epoch 56 on
     'kd_swa':     Method(kd_swa,     climb_ce,  {}, 'robust', shares=('alpha', 'gamma'), recipe=dict(
-                      STEPWISE, epochs=200, milestones=[0.25, 0.75], weight_decay=5e-4, swa=0.275)),
+                      STEPWISE, epochs=200, milestones=[0.25, 0.75], weight_decay=5e-4, swa=0.275,
+                      normalize=True, attack_bn='moving')),
 }
 
 class Inner(NamedTuple):

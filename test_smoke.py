@@ -172,6 +172,7 @@ def test_options_of_losses_do_what_they_say():
     assert same(call(losses.iad2, dict(i, progress=0.1)), akd2)
     assert same(call(losses.ard, i, alpha=0.0), ce(z, y))
     assert same(call(losses.lbgat, i, beta=6.0) - call(losses.lbgat, i), 6 * kl(z_adv, z))
+    assert same(call(losses.adaad, i, alpha=0.0), 0.1 * kl(z, v))
 
 def test_dkl_has_the_gradient_of_kl():
     """The theorem behind it: w = p, alpha = beta = 1, and z' fixed in the weighted square."""

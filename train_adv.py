@@ -15,6 +15,7 @@ import copy
 import time
 
 import torch
+from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 from torch.optim.swa_utils import update_bn
 
 import data
@@ -65,7 +66,7 @@ arg('--extra', metavar='NPZ', help='images without labels')
 arg('--extra-fraction', type=float, default=0.5, help='share of them in every batch')
 arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
-arg('--normalize', action='store_true', help='standardise images as the first layer of the model')
+arg('--normalize', action=argparse.BooleanOptionalAction, default=False, help='the model standardises images')
 arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: softplus backward only')
 arg('--dual-bn', action='store_true', help="AdvProp's auxiliary BN for adversarial images")
 arg('--craft-branch', default='aux', choices=['main', 'aux'], help='of --dual-bn: used by the attack')
@@ -79,7 +80,7 @@ arg('--epochs', type=int, default=100)
 arg('--batch-size', type=int, default=128, help='of all processes together')
 arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory')
 arg('--lr', type=float, default=0.2, help='maximum of the schedule')
-arg('--schedule', default='onecycle', choices=['onecycle', 'step'])
+arg('--schedule', default='onecycle', choices=['onecycle', 'cosine', 'step'], help='cosine: no warm-up')
 arg('--milestones', type=float, nargs='+', default=[0.5, 0.75], help='of --schedule step, shares of training')
 arg('--nesterov', action=argparse.BooleanOptionalAction, default=True)
 arg('--weight-decay', type=float, default=5e-4)
@@ -180,12 +181,11 @@ parameters = list(student.parameters()) + (list(guide.parameters()) if guide els
 optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, nesterov=args.nesterov,
                             weight_decay=args.weight_decay)
 if args.schedule == 'step':
-    drops = [round(m * total_steps) for m in args.milestones]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+    scheduler = MultiStepLR(optimizer, [round(m * total_steps) for m in args.milestones], gamma=0.1)
 else:
     # momentum stays 0.9 as in the paper; 25 % of warm-up as in HAT's code. Fewer than 5 steps divide by zero
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps),
-                                                    pct_start=0.25, cycle_momentum=False)
+    scheduler = OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps), cycle_momentum=False,
+                           pct_start=0.25 if args.schedule == 'onecycle' else 0.0)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 if rank:                                            # the noise of the attacks: each process its own
     torch.manual_seed(args.seed + 1_000_003 * rank)

@@ -13,6 +13,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 
 import data
 import models
@@ -33,7 +34,7 @@ arg('--subset', type=int, metavar='N', help='N training images only: the first')
 arg('--subset-seed', type=int, metavar='SEED', help='... or, with this, drawn at random')
 arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
-arg('--normalize', action='store_true', help='standardise images as the first layer of the model')
+arg('--normalize', action=argparse.BooleanOptionalAction, default=False, help='the model standardises images')
 arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: softplus backward only')
 
 arg = parser.add_argument_group('optimisation').add_argument
@@ -41,7 +42,7 @@ arg('--epochs', type=int, default=100)
 arg('--batch-size', type=int, default=128, help='of all processes together')
 arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory')
 arg('--lr', type=float, default=0.2, help='maximum of the schedule')
-arg('--schedule', default='onecycle', choices=['onecycle', 'step'])
+arg('--schedule', default='onecycle', choices=['onecycle', 'cosine', 'step'], help='cosine: no warm-up')
 arg('--milestones', type=float, nargs='+', default=[0.5, 0.75], help='of --schedule step, shares of training')
 arg('--nesterov', action=argparse.BooleanOptionalAction, default=True)
 arg('--weight-decay', type=float, default=5e-4)
@@ -91,11 +92,11 @@ total_steps = args.epochs * steps_per_epoch
 optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nesterov=args.nesterov,
                             weight_decay=args.weight_decay)
 if args.schedule == 'step':
-    drops = [round(m * total_steps) for m in args.milestones]
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
-else:                                               # OneCycleLR divides by zero for four or fewer steps
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps),
-                                                    pct_start=0.25, cycle_momentum=False)
+    scheduler = MultiStepLR(optimizer, [round(m * total_steps) for m in args.milestones], gamma=0.1)
+else:
+    # OneCycleLR divides by zero for four or fewer steps
+    scheduler = OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps), cycle_momentum=False,
+                           pct_start=0.25 if args.schedule == 'onecycle' else 0.0)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
 def logits_of(x):

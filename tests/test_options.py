@@ -1,6 +1,6 @@
 """What composes with every loss: weight perturbation, averages, dual BN, activations, BN order, free
 training, warm starts, images without labels, recipes."""
-import json, re, shutil, subprocess, sys
+import json, math, re, shutil, subprocess, sys
 
 import numpy as np
 import pytest
@@ -328,6 +328,14 @@ def test_a_recipe_is_taken_and_explicit_flags_win(loss, teacher, tmp_path):
     for k, v in METHODS[loss].recipe.items():
         assert config[k] == (1 if k in ('epochs', 'steps') else v)
 
+@pytest.mark.parametrize('schedule, rises_for', [('cosine', -1), ('onecycle', 0.25 * 6 - 1)])
+def test_cosine_is_the_one_cycle_without_its_rise(schedule, rises_for, tmp_path):
+    train(tmp_path, '--schedule', schedule, loss='pgd_at', epochs=3)
+    rates = [json.loads(line)['lr'] for line in (tmp_path / 'log.jsonl').read_text().splitlines()[1:]]
+    for rate, step in zip(rates, (2, 4)):               # of 0 to 5
+        done = (step - rises_for) / (5 - rises_for)
+        assert rate == pytest.approx(0.1 * (1 + math.cos(math.pi * done)), rel=1e-4)
+
 # -----------------------------------------------------------------------------
 # README: adding your own
 
@@ -346,4 +354,4 @@ def test_readme_recipe_for_a_loss_of_your_own(tmp_path):
         (tmp_path / file).write_text(text.replace(before, code.rstrip('\n') + '\n' + before))
     done = subprocess.run([sys.executable, 'train_adv.py', '--loss', 'trades_flip', '--gamma', '0.5', *TINY,
                            '--epochs', '1', '--steps', '1'], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "'gamma': 0.5" in done.stdout, done.stderr
+    assert done.returncode == 0 and '--gamma 0.5;' in done.stdout, done.stderr
