@@ -1,27 +1,29 @@
-"""tools/compare.py: reports that are no comparison are refused by name; the others make a sorted table, and a folder one
-of all that lies in it."""
+"""tools/compare.py: reports that are no comparison are refused by name; the others make a sorted table, and a
+folder one of all that lies in it."""
 import json
 
 import pytest
 
 from test_smoke import HERE, run
 
-SETTINGS = dict(images='20: abc', step_size=2.0, steps=20, restarts=1, seed=0, branch='main', search='float32, eager',
-                precision='float32', batch_size=50, transfer_from=None, weights='any', torch='2')
+SETTINGS = dict(images='20: abc', step_size=2.0, steps=20, restarts=1, seed=0, branch='main',
+                search='float32, eager', precision='float32', batch_size=50, transfer_from=None,
+                weights='any', torch='2')
 AA = 'autoattack (worst case)'
 
 def result(mask):
-    return dict(robust=mask, n=len(mask), accuracy=100 * mask.count('1') / len(mask), interval=[1.0, 99.0], class_worst=3,
-                per_class={'3': 12.5, '4': 50.0})
+    return dict(robust=mask, n=len(mask), accuracy=100 * mask.count('1') / len(mask), interval=[1.0, 99.0],
+                class_worst=3, per_class={'3': 12.5, '4': 50.0})
 
 @pytest.fixture
 def write(tmp_path):
     def written(name, rows=('clean', 'pgd-20', AA), right=10, report={}, **evaluated):
-        results = {row: result('1' * (20 if row == 'clean' else right) + '0' * (0 if row == 'clean' else 20 - right))
-                   for row in rows}
-        content = dict(dataset='d', images='first 20 of 99 test images', norm='Linf', eps_pixels=8, complete=True,
-                       results=results, evaluated=dict(SETTINGS, **evaluated), checkpoint=f'{name}/best.pt',
-                       fingerprint='0', model=dict(num_classes=10), trained={}, args={})
+        results = {row: result('1' * right + '0' * (20 - right)) for row in rows}
+        if 'clean' in rows:
+            results['clean'] = result('1' * 20)
+        content = dict(dataset='d', images='first 20 of 99 test images', norm='Linf', eps_pixels=8,
+                       complete=True, results=results, evaluated=dict(SETTINGS, **evaluated),
+                       checkpoint=f'{name}/best.pt', fingerprint='0', model=dict(num_classes=10), trained={}, args={})
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(dict(content, **report)))
         return tmp_path / name
@@ -36,9 +38,9 @@ def refused(capsys, *argv):
     return err
 
 @pytest.mark.parametrize('change', [
-    dict(step_size=0.5), dict(steps=10), dict(restarts=2), dict(seed=1), dict(branch='aux'), dict(batch_size=25),
-    dict(search='bfloat16, compiled'), dict(images='20: other'), dict(report=dict(norm='L2')),
-    dict(report=dict(eps_pixels=4)), dict(report=dict(dataset='e'))])
+    dict(step_size=0.5), dict(steps=10), dict(restarts=2), dict(seed=1), dict(branch='aux'),
+    dict(batch_size=25), dict(search='bfloat16, compiled'), dict(images='20: other'),
+    dict(report=dict(norm='L2')), dict(report=dict(eps_pixels=4)), dict(report=dict(dataset='e'))])
 def test_what_makes_the_number_is_refused_by_name(change, write, capsys):
     a, b = write('a.json'), write('b.json', **change)
     name = next(iter(change.get('report', change)))
@@ -47,7 +49,8 @@ def test_what_makes_the_number_is_refused_by_name(change, write, capsys):
 
 def test_what_does_not_make_the_number_is_no_reason(write, capsys):
     a = write('a.json', rows=('clean', 'pgd-20'))
-    run('tools/compare.py', a, write('b.json', rows=('clean', 'pgd-20'), batch_size=25, weights='others', torch='3'))
+    b = write('b.json', rows=('clean', 'pgd-20'), batch_size=25, weights='others', torch='3')
+    run('tools/compare.py', a, b)
     assert 'note: torch differs: 2, 3' in capsys.readouterr().out
 
 def test_rows_that_not_all_have_are_left_out(write, capsys):
@@ -97,7 +100,8 @@ def table(capsys, *folders):
 def test_a_folder_becomes_a_table(write, tmp_path, capsys):
     write('a/best.json', report=trained(seed=0, beta=6.0))
     write('b/best.json', rows=('clean', 'pgd-20'), right=13, report=trained(seed=1, beta=6.0))
-    write('c/best.json', rows=('clean', 'aa-fast (two)'), right=4, report=trained(seed=0, beta=6.0, awp=0.005))
+    weak = trained(seed=0, beta=6.0, awp=0.005)
+    write('c/best.json', rows=('clean', 'aa-fast (two)'), right=4, report=weak)
     logged(tmp_path / 'a/log.jsonl', 9)
     logged(tmp_path / 'd/log.jsonl', 2, beta=5.0)
     (tmp_path / 'speed.json').write_text('{"rows": []}')
@@ -108,7 +112,8 @@ def test_a_folder_becomes_a_table(write, tmp_path, capsys):
     assert rows['c/best'] == ('20 100.0 (1-99) - 20.0 (1-99)* 12.50 (3)', 'loss trades, awp 0.005')
     assert rows['d (held out, epoch 2 of 9)'] == ('200 41.0 (34-48) 21.0 (16-27) - -', 'loss trades, beta 5')
     assert '2 runs, 3 reports' in out and 'only APGD-CE and APGD-T' in out
-    assert 'unless the row says otherwise: beta 6\n' in out          # what all have, and where they lie, is no news
+    # what all have, and where they lie, is no news
+    assert 'unless the row says otherwise: beta 6\n' in out
     assert 'lr' not in out and 'elsewhere' not in out
 
 def test_a_run_in_work_is_in_the_table(write, tmp_path, capsys):
@@ -132,7 +137,8 @@ def test_the_results_of_this_repository_make_a_table(capsys):
     rows, out = table(capsys, HERE / 'results/small')
     report = json.loads((HERE / 'results/small/mart-s0.pgd.json').read_text())['results']
     cells, flags = rows['mart-s0.pgd']
-    assert cells.startswith(f'1000 {report["clean"]["accuracy"]:.1f} (') and f' {report["pgd-20"]["accuracy"]:.1f} (' in cells
+    clean, pgd = [report[row]['accuracy'] for row in ('clean', 'pgd-20')]
+    assert cells.startswith(f'1000 {clean:.1f} (') and f' {pgd:.1f} (' in cells
     assert flags.startswith('loss mart') and len(rows) >= 100 and 'None' not in out
 
 def test_a_folder_of_nothing_and_a_folder_beside_a_report_are_refused(write, tmp_path, capsys):

@@ -1,5 +1,8 @@
 """The README's first command on real images, as a newcomer runs it. About three minutes on two cores."""
-import json, pathlib, subprocess, sys
+import json
+import pathlib
+import subprocess
+import sys
 
 HERE = pathlib.Path(__file__).parent.parent
 

@@ -47,7 +47,7 @@ def widths(axes):
 def test_bars_are_the_accuracies_of_the_reports():
     reports = {'a': report(0), 'b': report(1)}
     del reports['b']['results']['fgsm']
-    axes, = figures.stages(reports).axes
+    axes, = drawing.stages(reports).axes
     drawn = widths(axes)
     assert list(drawn) == ['a', 'b']
     for label, values in drawn.items():
@@ -61,7 +61,7 @@ def test_bars_are_the_accuracies_of_the_reports():
 
 def test_the_table_of_classes():
     reports = {'a': report(0), 'b': report(1)}
-    figure = figures.by_class(reports, CIFAR)
+    figure = drawing.by_class(reports, CIFAR)
     assert [axes.get_title() for axes in figure.axes] == ['a', 'b']
     assert [t.get_text() for t in figure.axes[1].get_xticklabels()] == CIFAR
     for axes, r in zip(figure.axes, reports.values()):
@@ -69,18 +69,19 @@ def test_the_table_of_classes():
         assert rows == ['clean', 'fgsm', 'pgd-20', 'autoattack (worst case)']
         for row, values in zip(rows, axes.images[0].get_array().filled(np.nan)):
             assert np.isnan(values[3]) and values[9] == r['results'][row]['per_class']['9']
-        assert [t.get_text() for t in axes.texts[:2]] == [f'{v:.0f}' for v in axes.images[0].get_array()[0][:2]]
+        first, second = axes.images[0].get_array()[0][:2]
+        assert [t.get_text() for t in axes.texts[:2]] == [f'{first:.0f}', f'{second:.0f}']
 
 def test_of_a_thousand_classes_the_worst_twenty():
     r = report(K=1000)
-    axes, = figures.by_class({'a': r}, [str(c) for c in range(1000)]).axes
+    axes, = drawing.by_class({'a': r}, [str(c) for c in range(1000)]).axes
     per_class = r['results']['autoattack (worst case)']['per_class']
     shown = [t.get_text() for t in axes.get_xticklabels()]
     assert len(shown) == 20 and '20 worst' in axes.get_title()
     assert max(per_class[c] for c in shown) <= min(v for c, v in per_class.items() if c not in shown)
 
 def test_confusion_counts_rows_in_percent():
-    axes = figures.confusion([[3, 0, 1], [0, 1, 0], [0, 1, 0]], ['a', 'b', 'c']).axes[0]
+    axes = drawing.confusion([[3, 0, 1], [0, 1, 0], [0, 1, 0]], ['a', 'b', 'c']).axes[0]
     assert np.array_equal(axes.images[0].get_array(), [[75, 0, 25], [0, 100, 0], [0, 100, 0]])
     assert [t.get_text() for t in axes.texts][:3] == ['75', '0', '25']
 
@@ -88,20 +89,21 @@ def test_images_show_the_difference_magnified():
     x = torch.rand(3, 3, 8, 8) * 0.5 + 0.25
     x_adv = x + 0.1 * torch.tensor([1, -1, 0.5])[:, None, None, None]
     logits, logits_adv = 5 * torch.eye(3), 5 * torch.eye(3)[[1, 1, 2]]
-    figure = figures.images(x, x_adv, logits, logits_adv, torch.arange(3), ['a', 'b', 'c'])
+    figure = drawing.images(x, x_adv, logits, logits_adv, torch.arange(3), ['a', 'b', 'c'])
     shown = np.array([axes.images[0].get_array() for axes in figure.axes]).reshape(3, 3, 8, 8, 3)
     assert np.allclose(shown[1, 2].transpose(2, 0, 1), x_adv[2]) and '× 5' in figure.axes[6].get_ylabel()
     assert np.allclose(shown[2, 0], 1, atol=1e-4) and np.allclose(shown[2, 1], 0, atol=1e-4)
     assert np.allclose(shown[2, 2], 0.75, atol=1e-4)
     below = [axes.get_xlabel() for axes in figure.axes]
-    assert [text[:4] for text in below] == ['a\n✓ ', 'b\n✓ ', 'c\n✓ ', 'b\n✗ ', 'b\n✓ ', 'c\n✓ ', '', '', '']
+    right = ['a\n✓ ', 'b\n✓ ', 'c\n✓ ', 'b\n✗ ', 'b\n✓ ', 'c\n✓ ', '', '', '']
+    assert [text[:4] for text in below] == right
 
 def test_tsne_puts_like_to_like():
     g = torch.Generator().manual_seed(0)
     y = torch.arange(60) % 3
     logits = 20 * torch.eye(3)[y] + torch.randn(60, 3, generator=g)
     logits_adv = 20 * torch.eye(3)[(y + 1) % 3] + torch.randn(60, 3, generator=g)  # each class like the next
-    clean, adversarial = figures.tsne(logits, logits_adv, y, ['a', 'b', 'c']).axes
+    clean, adversarial = drawing.tsne(logits, logits_adv, y, ['a', 'b', 'c']).axes
     middle = lambda axes: np.array([c.get_offsets().mean(0) for c in axes.collections])
     assert [len(c.get_offsets()) for c in clean.collections + adversarial.collections] == [20] * 6
     assert clean.get_xlim() == adversarial.get_xlim()
@@ -125,17 +127,20 @@ def test_eps_curve(monkeypatch):
     assert np.allclose(points[2][2:], [11.76, 76.93], atol=0.01)
     x_adv, logits = figures.under_pgd(net, x, y, 4)
     assert (x_adv - x).abs().max() <= 4.001 / 255 and torch.equal(logits, net(x_adv))
-    axes, = figures.against_eps({'a': points}, 8).axes
+    axes, = drawing.against_eps({'a': points}, 8).axes
     assert np.allclose(axes.lines[0].get_ydata(), [80, 60, 40, 20, 0, 0])
     band = axes.collections[0].get_paths()[0].vertices[:, 1]
-    assert np.isclose(band, points[2][2]).any() and np.isclose(band, points[2][3]).any() and band.min() >= -1e-9
+    assert np.isclose(band, points[2][2]).any() and np.isclose(band, points[2][3]).any()
+    assert band.min() >= -1e-9
 
 def test_a_sweep_of_ones_own_is_what_is_drawn(tmp_path, monkeypatch):
-    """With its own radii and number of images, and nothing is measured for it; of the attack's other rows, none."""
-    monkeypatch.setattr(figures, 'save', lambda figure, path: None)
+    """With its own radii and number of images, and nothing is measured for it; of the attack's other rows,
+    none."""
+    monkeypatch.setattr(drawing, 'save', lambda figure, path: None)
     r = report()
     for eps in (12, 4, 3.5):
-        r['results'][f'pgd-20 at eps {eps:g}'] = dict(r['results']['fgsm'], accuracy=50.0 - eps, interval=[10.0, 60.0])
+        result = dict(r['results']['fgsm'], accuracy=50.0 - eps, interval=[10.0, 60.0])
+        r['results'][f'pgd-20 at eps {eps:g}'] = result
     drawn = figures.draw(write(tmp_path / 'a.json', r), 'none', tmp_path / 'out')
     results, axes = r['results'], drawn['eps'].axes[0]
     assert axes.lines[0].get_xdata().tolist() == [0, 3.5, 4, 8, 12]
@@ -162,16 +167,17 @@ def every_figure(K, names):
     log = [dict(epoch=e, loss=1.0, val_clean=5.0, val_pgd20=1.0) for e in (1, 2)]
     title = 'logit_mse beta 0.2; cifar10, Linf 8/255\n3000 images: 43.5 % right, 20.5 % under PGD-20'
     points = [(0, 90, 80, 95), (8, 50, 40, 60), (16, 0, 0, 20)]
-    yield figures.stages(reports, title)
-    yield figures.by_class(reports, names, title)
-    yield figures.against_eps({label: points for label in reports}, 8, title)
-    yield figures.images(x, x, logits[:8], logits[:8], y[:8], names, title)
-    yield figures.tsne(logits, logits, y, names, title)
-    yield figures.confusion(reports['logit_mse beta 0.2, number 0']['results']['clean']['confusion'], names, title)
+    yield drawing.stages(reports, title)
+    yield drawing.by_class(reports, names, title)
+    yield drawing.against_eps({label: points for label in reports}, 8, title)
+    yield drawing.images(x, x, logits[:8], logits[:8], y[:8], names, title)
+    yield drawing.tsne(logits, logits, y, names, title)
+    yield drawing.confusion(report(0, K)['results']['clean']['confusion'], names, title)
     yield drawing.training({label: log for label in reports})
 
 def boxes(figure):
-    """Of every text that is to be seen: itself, its angle, its box on the page and the one in its own direction."""
+    """Of every text that is to be seen: itself, its angle, its box on the page and the one in its own
+    direction."""
     figure.draw_without_rendering()
     for text in figure.findobj(Text):
         angle, page = text.get_rotation(), text.get_window_extent()
@@ -186,8 +192,8 @@ def boxes(figure):
         yield text.get_text(), angle, page.padded(-1), flat.translated(*(turned - anchor)).padded(-1)
 
 def overlapping(figure):
-    """Pairs of its texts of which one lies on the other, by the renderer's word. Side by side, turned texts overlap
-    on the page as boxes, but not in their own direction."""
+    """Pairs of its texts of which one lies on the other, by the renderer's word. Side by side, turned texts
+    overlap on the page as boxes, but not in their own direction."""
     pairs = []
     for (a, angle, *a_boxes), (b, other, *b_boxes) in itertools.combinations(boxes(figure), 2):
         own = angle == other
@@ -210,8 +216,9 @@ def test_every_letter_is_large_enough_on_the_page_and_on_no_other(K, names):
             assert width <= 7 and all(text.get_size() >= 8 for text in figure.findobj(Text))
 
 def many_rows(seed=0):
-    rows = [*STAGES, *(f'{part} alone' for part in ('apgd-ce', 'apgd-t', 'fab-t', 'square')), 'transfer', 'transfer-cw',
-            'pgd-10', 'pgd-50', 'pgd-100', 'cw-20', 'pgd-trades', 'weak', 'strong', 'aa-fast (two of the four attacks)']
+    rows = [*STAGES, 'apgd-ce alone', 'apgd-t alone', 'fab-t alone', 'square alone', 'transfer',
+            'transfer-cw', 'pgd-10', 'pgd-50', 'pgd-100', 'cw-20', 'pgd-trades', 'weak', 'strong',
+            'aa-fast (two of the four attacks)']
     r = report(seed)
     for row in rows:
         r['results'].setdefault(row, r['results']['fgsm'])
@@ -219,8 +226,10 @@ def many_rows(seed=0):
 
 @pytest.mark.parametrize('n', [1, 3, 9])
 def test_labels_of_many_rows_and_reports_never_overlap(n):
-    reports = {f'logit_mse beta 0.2, teacher runs/some-long/folder/best.pt, seed {i}': many_rows(i) for i in range(n)}
-    for figure in (in_style(figures.stages, reports, 'title'), in_style(figures.by_class, reports, CIFAR, 'title')):
+    name = 'logit_mse beta 0.2, teacher runs/some-long/folder/best.pt, seed'
+    reports = {f'{name} {i}': many_rows(i) for i in range(n)}
+    stages = in_style(drawing.stages, reports, 'title')
+    for figure in (stages, in_style(drawing.by_class, reports, CIFAR, 'title')):
         assert not overlapping(figure)
         drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
         assert drawn.x0 > -0.01 and drawn.x1 < width + 0.01 and width <= 7
@@ -236,7 +245,7 @@ def test_overlapping_labels_are_found(angle):
 
 def test_numbers_of_classes_in_one_place_do_not_overlap():
     logits = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
-    figure = in_style(figures.tsne, logits, logits, torch.arange(60) % 20, [str(c) for c in range(20)])
+    figure = in_style(drawing.tsne, logits, logits, torch.arange(60) % 20, [str(c) for c in range(20)])
     assert not overlapping(figure)
 
 @pytest.mark.parametrize('n', [1, 8, 10, 11, 100, 1000])
@@ -246,29 +255,30 @@ def test_no_two_colours_are_the_same(n):
 @pytest.mark.parametrize('n', [3, 12])
 def test_colours_never_repeat_within_a_picture(n):
     labels = [str(i) for i in range(n)]
-    bars = figures.stages({label: report(i) for i, label in enumerate(labels)}).axes[0]
+    bars = drawing.stages({label: report(i) for i, label in enumerate(labels)}).axes[0]
     shown = [to_hex(c[0].get_facecolor()) for c in bars.containers if hasattr(c, 'datavalues')]
     assert len(set(shown)) == n
-    lines = figures.against_eps({label: [(0, 9, 8, 10), (8, 5, 4, 6)] for label in labels}, 8).axes[0].lines[:n]
+    points = [(0, 9, 8, 10), (8, 5, 4, 6)]
+    lines = drawing.against_eps({label: points for label in labels}, 8).axes[0].lines[:n]
     assert len({to_hex(line.get_color()) for line in lines}) == n
     log = [dict(epoch=1, loss=1.0, val_clean=5.0)]
     lines = drawing.training({label: log for label in labels}).axes[1].lines
     assert len({to_hex(line.get_color()) for line in lines}) == n
     y = torch.arange(10 * n)
     logits = torch.randn(10 * n, 10 * n, generator=torch.Generator().manual_seed(0))
-    points = figures.tsne(logits, logits, y, [str(c) for c in range(10 * n)]).axes[0].collections
+    points = drawing.tsne(logits, logits, y, [str(c) for c in range(10 * n)]).axes[0].collections
     assert len({to_hex(c.get_facecolor()[0], keep_alpha=False) for c in points}) == 10 * n
 
 def test_series_differ_without_colour():
     for marks in (drawing.HATCHES, drawing.LINES, drawing.MARKERS[:8]):
         assert len(set(marks)) == 8 == len(drawing.EIGHT)
     reports = {str(i): report(i) for i in range(8)}
-    bars = figures.stages(reports).axes[0]
-    lines = figures.against_eps({k: [(0, 9, 8, 10), (8, 5, 4, 6)] for k in reports}, 8)
+    bars = drawing.stages(reports).axes[0]
+    lines = drawing.against_eps({k: [(0, 9, 8, 10), (8, 5, 4, 6)] for k in reports}, 8)
     assert len({c[0].get_hatch() for c in bars.containers if hasattr(c, 'datavalues')}) == 8
     assert len({(line.get_marker(), str(line._dash_pattern)) for line in lines.axes[0].lines[:8]}) == 8
     logits = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
-    points = figures.tsne(logits, logits, torch.arange(20) % 10, CIFAR).axes[0]
+    points = drawing.tsne(logits, logits, torch.arange(20) % 10, CIFAR).axes[0]
     assert len({c.get_paths()[0].vertices.tobytes() for c in points.collections}) == 10
 
 def test_a_picture_is_whole_or_absent(tmp_path, monkeypatch):
@@ -312,7 +322,7 @@ def test_the_script_draws_everything(evaluated, tmp_path, capsys):
     assert sum(len(c.get_offsets()) for c in drawn['tsne'].axes[0].collections) == 20
 
 def test_two_reports_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, 'save', lambda figure, path: None)
+    monkeypatch.setattr(drawing, 'save', lambda figure, path: None)
     a, b = (write(tmp_path / f'{k}.json', report(k)) for k in (1, 2))
     drawn = figures.draw([a, b], 'none', tmp_path)
     assert list(drawn) == ['stages', 'per_class', 'confusion-trades-beta-1', 'confusion-trades-beta-2']
@@ -320,10 +330,11 @@ def test_two_reports_side_by_side(tmp_path, monkeypatch):
 
 def test_reports_of_one_method_are_told_apart_by_what_differs():
     def of(seed, **run):
-        return report(1, trained=dict(loss='trades', hparams=dict(beta=6.0, reverse=False), run=dict(run, seed=seed)))
+        hparams = dict(beta=6.0, reverse=False)
+        return report(1, trained=dict(loss='trades', hparams=hparams, run=dict(run, seed=seed)))
     paths = ['runs/x/best.json', 'runs/y/best.json', 'z.json']
-    assert reading.labels(paths, [of(0), of(1), report(2)]) == ['trades beta 6; seed 0', 'trades beta 6; seed 1',
-                                                               'trades beta 2']
+    named = ['trades beta 6; seed 0', 'trades beta 6; seed 1', 'trades beta 2']
+    assert reading.labels(paths, [of(0), of(1), report(2)]) == named
     assert reading.labels(paths, [of(0), of(0, awp=0.005), of(0)]) == ['x/best', 'y/best', 'z']
     first, *_ = reading.labels(paths, [dict(of(0), images='all'), of(0), report(2)])
     assert first == 'trades beta 6; images all'

@@ -4,14 +4,17 @@ pip install --no-deps torchattacks foolbox eagerpy GitPython gitdb smmap request
 
 On your own checkpoint, as a table: python tests/test_tools.py CHECKPOINT DATASET DATA_DIR N
 """
-import math, pathlib, sys
+import math
+import pathlib
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
-import attacks, data
+import attacks
+import data
 from support import checkpoint
 from support.evaluation import wilson
 

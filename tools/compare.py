@@ -5,13 +5,13 @@ $ python -m tools.compare runs/                             # every run and repo
 $ python -m tools.compare a.json b.json c.json              # each against the first: more than noise?
 $ python -m tools.compare runs/*/best.eval-*.json --scatter clean-robust.png
 
-Of a folder: clean, PGD and AutoAttack accuracy in percent with their 95 % intervals, the worst class, and the flags
-that differ; of a run without a report the last validation. Nothing is refused, so mind what differs.
+Of a folder: clean, PGD and AutoAttack accuracy in percent with their 95 % intervals, the worst class, and the
+flags that differ; of a run without a report the last validation. Nothing is refused, so mind what differs.
 
-Of reports: first a table, the most robust on top; then, for every row that all have, each against the first, paired by
-image. p is McNemar's exact test: of the images that one of the two withstands and the other does not, how likely is a
-split at least as uneven if both were equally robust? It knows the noise of the images, not that of the training seed.
-Reports that differ in anything that makes the number are refused.
+Of reports: first a table, the most robust on top; then, for every row that all have, each against the first,
+paired by image. p is McNemar's exact test: of the images that one of the two withstands and the other does
+not, how likely is a split at least as uneven if both were equally robust? It knows the noise of the images,
+not that of the training seed. Reports that differ in anything that makes the number are refused.
 """
 import argparse
 import math
@@ -46,8 +46,8 @@ def worst(result):
 # a folder
 
 def found(folder):
-    """The logs in a folder, path -> (configuration, epochs), and the reports, path -> content, finished or not. Any
-    other JSON is left out."""
+    """The logs in a folder, path -> (configuration, epochs), and the reports, path -> content, finished or
+    not. Any other JSON is left out."""
     logs, reports = {}, {}
     for root, folders, names in os.walk(folder):
         folders.sort()
@@ -64,7 +64,8 @@ def found(folder):
     return logs, reports
 
 def belongs(report, log):
-    """Is it of the run with this log? It lies in the folder of log.jsonl, or as NAME.*.json beside NAME.jsonl."""
+    """Is it of the run with this log? It lies in the folder of log.jsonl, or as NAME.*.json beside
+    NAME.jsonl."""
     if os.path.basename(log) == 'log.jsonl':
         return os.path.dirname(report) == os.path.dirname(log)
     return report.startswith(log.removesuffix('.jsonl').removesuffix('.log') + '.')
@@ -109,6 +110,7 @@ def overview(folder):
     logs, reports = found(folder)
     if not logs and not reports:
         refuse(f'{folder}: neither a log.jsonl nor a report of evaluate.py in it')
+
     rows = []               # name, cells, flags
     for path, report in reports.items():
         name = os.path.relpath(path, folder).removesuffix('.json')
@@ -127,8 +129,9 @@ def overview(folder):
         values = [one.get(flag) or False for one in flags]
         usual[flag] = max(values, key=values.count)
     said = {flag: value for flag, value in usual.items() if value and flag != 'loss'}
-    say(f'{folder}: {len(logs)} runs, {len(reports)} reports; accuracy in percent, with its 95 % interval; the worst '
-        'class under the last attack of the row')
+
+    say(f'{folder}: {len(logs)} runs, {len(reports)} reports; accuracy in percent, with its 95 % interval; '
+        'the worst class under the last attack of the row')
     if said:
         say(f'unless the row says otherwise: {reading.in_words(said)}')
     say(f"\n{'n':>6}{'clean':>15}{'PGD':>15}{'AutoAttack':>15}{'worst class':>13}  of")
@@ -151,7 +154,8 @@ def p_value(only_a, only_b):
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
 
 def common_rows(paths, reports):
-    """The rows that all reports have, 'clean' at least. Raises Refused if they may not be compared; prints what is worth a note."""
+    """The rows that all reports have, 'clean' at least. Raises Refused if they may not be compared; prints
+    what is worth a note."""
     evaluated = [report.get('evaluated', {}) for report in reports]
     rows = [row for row in reports[0]['results'] if all(row in report['results'] for report in reports)]
     asked = list(OF_EVALUATION)
@@ -187,17 +191,18 @@ def common_rows(paths, reports):
     return rows
 
 def table(paths, reports, clean, pgd, aa, judge):
-    """Prints a line per report, the most robust on top. clean, pgd, aa: rows, or None; judge: the one that sorts."""
+    """Prints a line per report, the most robust on top. clean, pgd, aa: rows, or None; judge: the one that
+    sorts."""
     titles = [clean or 'clean', pgd or 'pgd', (aa or 'autoattack').split(' (')[0]]
     say(f"\n{titles[0]:>8}{titles[1]:>10}{titles[2]:>12}   {'95 % interval':>15}{'worst class':>14}  report "
         f'(sorted by, interval and worst class of: {judge})')
     order = sorted(range(len(reports)), key=lambda i: -reports[i]['results'][judge]['accuracy'])
     for i in order:
         results = reports[i]['results']
-        figures = [f'{results[row]["accuracy"]:.2f}' if row else '-' for row in (clean, pgd, aa)]
+        a, b, c = [f'{results[row]["accuracy"]:.2f}' if row else '-' for row in (clean, pgd, aa)]
         low, high = results[judge]['interval']
         span = f'{low:.2f} - {high:.2f}'
-        say(f'{figures[0]:>8}{figures[1]:>10}{figures[2]:>12}   {span:>15}{worst(results[judge]):>14}  {paths[i]}')
+        say(f'{a:>8}{b:>10}{c:>12}   {span:>15}{worst(results[judge]):>14}  {paths[i]}')
 
 def against_first(paths, reports, rows):
     """Prints the paired tests."""
@@ -224,14 +229,15 @@ def scatter(file, paths, reports, clean, judge):
         refuse('--scatter needs matplotlib: pip install matplotlib')
     first = reports[0]
     with matplotlib.rc_context(drawing.STYLE):
-        figure, [[axes]] = drawing.sheet(f'{first["dataset"]}, {first["images"]}', 4, width=5)
+        figure, [[axes]] = drawing.sheet(f'{first["dataset"]}, {first["images"]}', 4.2)
         labels = reading.labels(paths, reports)
         colours = drawing.colours(len(reports))
         for i, report in enumerate(reports):
             x, y = report['results'][clean], report['results'][judge]
             axes.plot(x['interval'], [y['accuracy']] * 2, color='0.8', linewidth=0.8, zorder=1)
             axes.plot([x['accuracy']] * 2, y['interval'], color='0.8', linewidth=0.8, zorder=1)
-            axes.plot(x['accuracy'], y['accuracy'], drawing.MARKERS[i % 8], color=colours[i], label=labels[i], zorder=2)
+            axes.plot(x['accuracy'], y['accuracy'], drawing.MARKERS[i % 8], color=colours[i], label=labels[i],
+                      zorder=2)
         axes.set(xlabel='clean accuracy, %', ylabel=f'{judge}, %')
         drawing.with_legend(figure)
         with atomic(file) as tmp:
@@ -253,12 +259,13 @@ def side_by_side(paths, picture=None):
         scatter(picture, paths, reports, clean, judge)
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     refusals.one_line(parser)
     plain_output()
     parser.add_argument('paths', nargs='+', metavar='PATH', help='reports, or folders')
-    parser.add_argument('--scatter', metavar='PNG', help='draw robust against clean accuracy, with 95 %% intervals')
+    parser.add_argument('--scatter', metavar='PNG',
+                        help='draw robust against clean accuracy, with 95 %% intervals')
     args = parser.parse_args()
     folders = [path for path in args.paths if os.path.isdir(path)]
     if folders and (len(folders) < len(args.paths) or args.scatter):

@@ -1,5 +1,6 @@
 """
-Reports of evaluate.py and logs of trainings: read, checked, told apart, and the network and images that they are of.
+Reports of evaluate.py and logs of trainings: read, checked, told apart, and the network and images that they
+are of.
 """
 import json
 import os
@@ -15,8 +16,8 @@ from support.files import Refused
 from support.imagenet import in_memory
 
 # of a configuration, what follows from the rest or is said elsewhere
-DERIVED = {'hparams', 'teachers', 'teacher_meta', 'data', 'classes', 'train_images', 'val_images', 'device_type',
-           'tf32', 'precision', 'pseudo_labels'}
+DERIVED = {'hparams', 'teachers', 'teacher_meta', 'data', 'classes', 'train_images', 'val_images',
+           'precision', 'device_type', 'tf32', 'processes', 'extra_labels', 'pseudo_labels'}
 
 def load(path, unfinished=False):
     """A report of evaluate.py. unfinished: also of one that was stopped. Raises Refused."""
@@ -45,7 +46,8 @@ def is_sound(report):
     return report['eps_pixels'] > 0 and report['model']['num_classes'] > 1 and 'clean' in report['results']
 
 def refuse_different(name, paths, values):
-    """Raises Refused if a value differs from the first; None, where an early report does not say, never does."""
+    """Raises Refused if a value differs from the first; None, where an early report does not say, never
+    does."""
     for path, value in zip(paths, values):
         if None not in (value, values[0]) and value != values[0]:
             raise Refused(f'not comparable: {name} is {values[0]} in {paths[0]}, {value} in {path}')
@@ -73,8 +75,8 @@ def flags_of(config):
     return {flag: value for flag, value in config.items() if flag not in NOT_THE_RUN | DERIVED}
 
 def differing(settings):
-    """settings: a dict each of flag -> value. The same without the flags that all have, with the same value; what is
-    None is left out."""
+    """settings: a dict each of flag -> value. The same without the flags that all have, with the same value;
+    what is None is left out."""
     kept = []
     for flag in dict.fromkeys(flag for one in settings for flag in one):
         values = {str(one[flag]) for one in settings if flag in one}
@@ -84,11 +86,14 @@ def differing(settings):
 
 def in_words(flags):
     """{'beta': 6.0, 'awp': 0.005} -> 'beta 6, awp 0.005'."""
-    return ', '.join(f'{flag} {value:g}' if type(value) is float else f'{flag} {value}' for flag, value in flags.items())
+    words = []
+    for flag, value in flags.items():
+        words.append(f'{flag} {value:g}' if isinstance(value, float) else f'{flag} {value}')
+    return ', '.join(words)
 
 def labels(paths, reports):
-    """A label per report: its method; of several with one method also the flags or images that differ; at last, the
-    end of its path. Raises Refused for the same report twice."""
+    """A label per report: its method; of several with one method also the flags or images that differ; at
+    last, the end of its path. Raises Refused for the same report twice."""
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise Refused('the same report twice')
     methods, settings = [], []
@@ -124,11 +129,6 @@ def row_of(report, *patterns):
             if re.fullmatch(pattern, row):
                 return row
     return None
-
-def rows_of(reports, but):
-    """Names of the rows of the reports, but for those that match."""
-    names = [row for report in reports.values() for row in report['results']]
-    return [row for row in dict.fromkeys(names) if not re.search(but, row)]
 
 def swept(report):
     """The points of figures.against_eps that a report has from --sweep-eps; [] if there are none."""
@@ -180,8 +180,9 @@ def images_of(report, d, n, device):
     return data.to_float(in_memory(d.x_test[index], device)).contiguous(), d.y_test[index]
 
 def networks(paths, checkpoints, reports):
-    """Every network that was evaluated, once, and the epochs logged beside it: label -> network, label -> rows.
-    checkpoints: of the reports; one for all, 'none', or None for those that they name. Raises Refused."""
+    """Every network that was evaluated, once, and the epochs logged beside it: label -> network, label ->
+    rows. checkpoints: of the reports; one for all, 'none', or None for those that they name. Raises
+    Refused."""
     if checkpoints is None or isinstance(checkpoints, (str, os.PathLike)):
         checkpoints = [checkpoints]
     if len(checkpoints) == 1:
@@ -191,7 +192,8 @@ def networks(paths, checkpoints, reports):
     nets, logs = {}, {}
     for path, file, (label, report) in zip(paths, checkpoints, reports.items()):
         file = file or find_checkpoint(path, report)
-        if file in (None, 'none') or report['fingerprint'] in [reports[other]['fingerprint'] for other in nets]:
+        known = [reports[other]['fingerprint'] for other in nets]
+        if file in (None, 'none') or report['fingerprint'] in known:
             continue
         nets[label] = load_network(file, report)
         log = os.path.join(os.path.dirname(file), 'log.jsonl')

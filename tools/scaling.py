@@ -63,7 +63,7 @@ def measure(args):
 
 def draw(rows, base, names, path):
     """Images per second against each of the names, the others as in base."""
-    from tools.figures import save, sheet           # matplotlib, where it is asked for
+    from support.drawing import save, sheet           # matplotlib, where it is asked for
     figure, ((*panels,),) = sheet('TRADES training step', 2.2, 1, len(names), sharey=True)
     for axes, name in zip(panels, names):
         of_name = [row for row in rows if {**row['point'], name: base[name]} == base]
