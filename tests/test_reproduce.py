@@ -1,6 +1,6 @@
 """
-The papers' tables: every command of every table is one that the scripts take, a table that is killed trains nothing
-twice, and what is finished is left alone.
+The papers' tables: every command of every table is one that the scripts take, a table that is killed trains
+nothing twice, and what is finished is left alone.
 """
 import argparse
 import os

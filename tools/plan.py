@@ -1,12 +1,14 @@
 """
-What a table of tools/tables.py asks for, as commands; what each of them makes; and whether it is there already.
+What a table of tools/tables.py asks for, as commands; what each of them makes; and whether it is there
+already.
 
     plan = Plan('p1-table2', TABLES['p1-table2'], scale='cpu', dataset='cifar10', width=8, ...)
     training(plan, 'trades', seed=0)            # -> Job: the folder of the run, and the command
     evaluations(plan, 'trades', seed=0)         # -> {name: Job}: the reports, and their commands
     is_trained(plan, job), is_evaluated(plan, job)
 
-Runs are named by their flags, as the training scripts name them: two tables that ask for the same run share it.
+Runs are named by their flags, as the training scripts name them: two tables that ask for the same run share
+it.
 """
 import argparse
 import functools
@@ -52,9 +54,9 @@ class Plan(NamedTuple):
 
 @functools.cache
 def head(command):
-    """The variables of a training script (args, parser, hp) once it has read the flags of command: its own lines
-    are run, up to where it asks for a device. Raises Refused, or ends like the script, for flags that it does not
-    take."""
+    """The variables of a training script (args, parser, hp) once it has read the flags of command: its own
+    lines are run, up to where it asks for a device. Raises Refused, or ends like the script, for flags that
+    it does not take."""
     script, *argv = shlex.split(command)
     with open(os.path.join(ROOT, script)) as f:
         lines, marker, _ = f.read().partition('\nrank, world, device = ddp.init()')
@@ -178,7 +180,9 @@ def is_trained(place, job):
     if 'eps' in args:
         refusals.attack(args)                   # as the script does, which fills in the step
     for flag, value in vars(args).items():
-        if flag in describe.NOT_THE_RUN or flag not in config or flag == 'augment' and value is None:
+        if flag in describe.NOT_THE_RUN or flag not in config:
+            continue
+        if value is None and flag in ('augment', 'teacher', 'standard_teacher'):        # the script finds them
             continue
         if config[flag] != value:
             raise Refused(f'{folder} holds a run with --{flag.replace("_", "-")} {config[flag]}, '

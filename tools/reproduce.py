@@ -1,5 +1,6 @@
 """
-The papers' tables (tools/tables.py), row by row: train what is missing, evaluate it, print ours beside theirs.
+The papers' tables (tools/tables.py), row by row: train what is missing, evaluate it, print ours beside
+theirs.
 
 $ python -m tools.reproduce p1-table2 --scale cpu --width 8             # two cores: days; the same line continues
 $ python -m tools.reproduce p1-table2 --scale paper                     # the paper's settings and seeds: a GPU
@@ -7,9 +8,10 @@ $ python -m tools.reproduce p4-table6 --scale cpu --dry-run             # what i
 $ python -m tools.reproduce small --rows trades logit_mse --seeds 0 1 2 # about 9 minutes a row on a CPU core
 $ python -m tools.reproduce small --table                               # what is there already
 
-What is finished is left alone, what was cut is continued, and a run that another table or you have made is taken:
-runs are named by their flags. Reports, logs and commands also go to results/TABLE-SCALE/, and table.md there is made
-of them. Several processes may do different rows. Scale cpu: ResNet-18 of --width, 20 epochs, 1,000 test images.
+What is finished is left alone, what was cut is continued, and a run that another table or you have made is
+taken: runs are named by their flags. Reports, logs and commands also go to results/TABLE-SCALE/, and table.md
+there is made of them. Several processes may do different rows. Scale cpu: ResNet-18 of --width, 20 epochs,
+1,000 test images.
 """
 import argparse
 import os
@@ -32,9 +34,9 @@ from tools.plan import (ROOT, Plan, all_flags, evaluations, first_jobs, head, is
                         text_of, training)
 from tools.tables import TABLES
 
-# forward passes that an image costs: in a training step beside its attack, under AutoAttack if it withstands it; and
-# the share of images that is taken to do so
-STEP_PASSES, AUTOATTACK_PASSES, WITHSTAND = 7, 8800, 0.4
+# forward passes that an image costs: in a training step beside its attack, under AutoAttack if it withstands
+# it; and the share of images that is taken to do so
+STEP_PASSES, AUTOATTACK_PASSES, WITHSTAND = 7, 9800, 0.4
 
 # -----------------------------------------------------------------------------
 # doing it
@@ -42,7 +44,8 @@ STEP_PASSES, AUTOATTACK_PASSES, WITHSTAND = 7, 8800, 0.4
 stop_asked = False
 
 def run(place, job):
-    """-> did it end well? A signal to stop goes on to the training or evaluation, which saves, and ends this one."""
+    """-> did it end well? A signal to stop goes on to the training or evaluation, which saves, and ends this
+    one."""
     say(f'$ {shown(place, job)}')
     script, *argv = shlex.split(shown(place, job))[1:]
     child = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *argv], cwd=place.base)
@@ -98,7 +101,8 @@ def do_row(plan, name, seed):
     return None
 
 def keep(plan, name, seed):
-    """Log, reports and commands of the row also in results/; the commands last: they say that the rest is there."""
+    """Log, reports and commands of the row also in results/; the commands last: they say that the rest is
+    there."""
     kept = f'{plan.results}/{name}-s{seed}'
     made = {'jsonl': f'{training(plan, name, seed).product}/log.jsonl'}
     for evaluation, job in evaluations(plan, name, seed).items():
@@ -134,8 +138,8 @@ def stand_ins(job, firsts, folder, dataset):
         checkpoint.save_checkpoint(f'{folder}/{path}', models.build(like.model, classes, width=like.width))
 
 def measure(plan, job, firsts):
-    """-> hours of the training, and seconds of a step for one image, by a few steps that the script times. Ends with
-    the script's own words if it fails."""
+    """-> hours of the training, and seconds of a step for one image, by a few steps that the script times.
+    Ends with the script's own words if it fails."""
     script, *argv = shlex.split(job.command)
     argv += ['--dry-run', '--data-dir', os.path.abspath(plan.data_dir)]
     with tempfile.TemporaryDirectory() as empty:

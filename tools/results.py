@@ -1,5 +1,6 @@
 """
-The table of what lies in results/TABLE: ours beside the paper's, as markdown; and the pictures that are tables of papers.
+The table of what lies in results/TABLE: ours beside the paper's, as markdown; and the pictures that are
+tables of papers.
 """
 import json
 import math
@@ -65,7 +66,8 @@ def images_of(runs, evaluation):
     return ''
 
 def hold_out(runs):
-    """The accuracy by which epochs were chosen: the best with its epoch, and the last. A teacher's is clean."""
+    """The accuracy by which epochs were chosen: the best with its epoch, and the last. A teacher's is
+    clean."""
     key = 'val_pgd20' if 'val_pgd20' in runs[0].epochs[0] else 'val_clean'
     best = [max((e[key], e['epoch']) for e in run.epochs) for run in runs]         # of a tie the later
     epochs = ' '.join(str(epoch) for _, epoch in best)
@@ -119,7 +121,7 @@ def scatter(plan, found, path):
     """Robust against clean accuracy, ours full and the paper's hollow, a panel for each of two attackers."""
     import matplotlib
     from matplotlib.figure import Figure
-    from tools.figures import STYLE
+    from support.drawing import STYLE
     columns = plan.table.columns
     with matplotlib.rc_context(STYLE):
         picture = Figure(figsize=(6.5, 3.6), layout='constrained')

@@ -1,10 +1,12 @@
 """
-The papers' tables, as data for tools/reproduce.py: rows with their flags, and the numbers that the papers print.
+The papers' tables, as data for tools/reproduce.py: rows with their flags, and the numbers that the papers
+print.
 
-A number is written as it is printed; None: the paper has none there; '?': it stands in a picture that our copy of
-the paper lacks; '49.23 (2nd)': second-hand, read elsewhere and not in our copy. Papers: 1 Al-Najjar et al.,
-"Adversarial Training without Hard Labels"; 2 Zi et al., "Revisiting Adversarial Robustness Distillation" (as a
-review tells it); 3 Dallaire & David, "Mixture of techniques"; 4 Chen & Lee, "LTD: Low Temperature Distillation".
+A number is written as it is printed; None: the paper has none there; '?': it stands in a picture that our
+copy of the paper lacks; '49.23 (2nd)': second-hand, read elsewhere and not in our copy. Papers: 1 Al-Najjar
+et al., "Adversarial Training without Hard Labels"; 2 Zi et al., "Revisiting Adversarial Robustness
+Distillation" (as a review tells it); 3 Dallaire & David, "Mixture of techniques"; 4 Chen & Lee, "LTD: Low
+Temperature Distillation".
 """
 from typing import NamedTuple
 
@@ -123,9 +125,9 @@ SMALL = Table(
     notes=('No paper has this table. AutoAttack attacks a hybrid activation with the gradients of ReLU.',))
 
 # -----------------------------------------------------------------------------
-# paper 1, section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight decay 5e-4, one cycle to 0.2, 100 epochs,
-# batch 128, PGD-10 at 8/255 with 2/255, selection by PGD-20: the defaults of train_adv.py, and so no flags. "Average
-# scores over three runs"
+# paper 1, section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight decay 5e-4, one cycle to 0.2, 100
+# epochs, batch 128, PGD-10 at 8/255 with 2/255, selection by PGD-20: the defaults of train_adv.py, and so no
+# flags. "Average scores over three runs"
 
 TEACHER = {'standard': Row('', script='train_teacher.py')}          # the same recipe without an adversary
 
@@ -154,8 +156,8 @@ P1_TABLE1 = Table('Al-Najjar et al., table 1: the effect of beta', rows=BETAS, c
                   seeds=(0, 1, 2), notes=(DIRECTION, HOLD_OUT))
 
 def compared(standard, pgd_at, trades, hat, softmax_kl, logit_mse):
-    """The rows of tables 2 and 3 and of figure 1, each with its numbers on both datasets. HAT's beta is 2.5 on
-    CIFAR-10 and 3.5 on CIFAR-100."""
+    """The rows of tables 2 and 3 and of figure 1, each with its numbers on both datasets. HAT's beta is 2.5
+    on CIFAR-10 and 3.5 on CIFAR-100."""
     return {
         'standard':   Row('', both(*standard), script='train_teacher.py'),
         'pgd_at':     Row('--loss pgd_at', both(*pgd_at)),
@@ -204,8 +206,9 @@ P1_FIGURE1 = Table(
 
 # -----------------------------------------------------------------------------
 # paper 2: 300 epochs, lr 0.1 divided by ten at 215, 260 and 285, momentum 0.9, weight decay 2e-4, batch 128,
-# PGD-10 at 8/255 with 2/255; SAT, TRADES, ARD, IAD "consistent to that in their papers": --recipe paper. Its tables
-# are pictures in our copy; second-hand are AutoAttack on the best ResNet-18s, and two of their clean accuracies
+# PGD-10 at 8/255 with 2/255; SAT, TRADES, ARD, IAD "consistent to that in their papers": --recipe paper. Its
+# tables are pictures in our copy; second-hand are AutoAttack on the best ResNet-18s, and two of their clean
+# accuracies
 
 P2_NOTES = (
     "The paper's tables are pictures that our copy lacks: only AutoAttack on the best ResNet-18s is known, "
@@ -259,9 +262,9 @@ P2_BLACKBOX = Table(
            "The paper's table is a picture that our copy lacks."))
 
 # -----------------------------------------------------------------------------
-# paper 3: ResNet-18, 100 epochs, "a decreasing learning rate", PGD of two steps at eps 0.1 (25.5 pixels) with "a very
-# small step-size", 2/255 as in the heading of its column, from x itself; table 2: eps and step 0.5. It mentions no
-# selection: last
+# paper 3: ResNet-18, 100 epochs, "a decreasing learning rate", PGD of two steps at eps 0.1 (25.5 pixels) with
+# "a very small step-size", 2/255 as in the heading of its column, from x itself; table 2: eps and step 0.5.
+# It mentions no selection: last
 
 WEAK = '--eps 25.5 --step-size 2 --steps 2 --init zero'
 HALF = '--eps 127.5 --step-size 127.5 --steps 2 --init zero'
@@ -314,8 +317,9 @@ P3_FIGURE4 = P3_TABLE1._replace(
            'attackers are taken to be the two PGDs.'))
 
 # -----------------------------------------------------------------------------
-# paper 4, appendix A.2: WRN-34-10, 120 epochs, lr 0.1 divided by ten at 80 and 100, Nesterov momentum 0.9, weight
-# decay 5e-4, PGD-8; lambda "about 6.0": ltd's --recipe paper. Teachers have the same architecture and configuration
+# paper 4, appendix A.2: WRN-34-10, 120 epochs, lr 0.1 divided by ten at 80 and 100, Nesterov momentum 0.9,
+# weight decay 5e-4, PGD-8; lambda "about 6.0": ltd's --recipe paper. Teachers have the same architecture and
+# configuration
 
 WRN = '--model wrn-34-10'
 STEPS = '--epochs 120 --schedule step --lr 0.1 --milestones 0.6667 0.8333 --weight-decay 5e-4 --nesterov'
