@@ -24,15 +24,16 @@ from tools.tables import EVALUATIONS, TABLES, Row
 ROOT = pathlib.Path(plans.ROOT)
 PAPERS = [name for name in TABLES if name != 'small']
 SCALES = [(name, ('--scale', scale), dataset) for name in PAPERS for scale in ('cpu', 'paper')
-          for dataset in ('cifar10', 'cifar100') if any(dataset in row.paper for row in TABLES[name].rows.values())]
+          for dataset in ('cifar10', 'cifar100')
+          if any(dataset in row.paper for row in TABLES[name].rows.values())]
 
 # -----------------------------------------------------------------------------
 # the tables as data
 
 def parse(*argv):
     """What main() makes of these flags: the Plan, all rows, the work."""
-    defaults = dict(scale=None, rows=None, seeds=None, dataset=None, width=None, epochs=None, n=None, compile=False,
-                    data_dir='data', runs=str(ROOT / 'runs'), results=str(ROOT / 'results'))
+    defaults = dict(scale=None, rows=None, seeds=None, dataset=None, width=None, epochs=None, n=None,
+                    compile=False, data_dir='data', runs=str(ROOT / 'runs'), results=str(ROOT / 'results'))
     parser = argparse.ArgumentParser()
     parser.add_argument('table')
     for flag in ('scale', 'dataset'):
@@ -98,8 +99,8 @@ def test_tables_share_their_runs():
     folder = plans.training(one, 'logit_mse-0.2', 0).product
     assert folder == plans.training(two, 'logit_mse', 0).product
     # the name the script gives itself: a run that was started by hand is the table's
-    assert folder == ('runs/cifar10-resnet18-w8-logit_mse-beta0.2-teachercifar10-resnet18-w8-epochs20-compile-teacher-best.pt'
-                      '-epochs20-compile-s0')
+    assert folder == ('runs/cifar10-resnet18-w8-logit_mse-beta0.2-teachercifar10-resnet18-w8-epochs20-'
+                      'compile-teacher-best.pt-epochs20-compile-s0')
     paper, _, _ = parse('p1-table2', '--scale', 'paper')
     assert plans.training(paper, 'trades', 2).command == 'train_adv.py --loss trades --beta 5 --seed 2'
 
@@ -109,7 +110,8 @@ def test_the_papers_settings():
         plan, _, _ = parse(table, '--scale', 'paper')
         return plans.head(plans.training(plan, row, 0).command)['args']
     a = resolved('p1-table2', 'logit_mse')
-    assert (a.model, a.width, a.epochs, a.lr, a.schedule, a.batch_size) == ('resnet18', None, 100, 0.2, 'onecycle', 128)
+    assert (a.model, a.width, a.batch_size) == ('resnet18', None, 128)
+    assert (a.epochs, a.lr, a.schedule) == (100, 0.2, 'onecycle')
     assert (a.weight_decay, a.nesterov, a.steps, a.eps, a.step_size) == (5e-4, True, 10, 8, None)
     a = resolved('p2-whitebox', 'rslad')
     assert (a.epochs, a.lr, a.weight_decay, a.nesterov) == (300, 0.1, 2e-4, False)
@@ -121,7 +123,8 @@ def test_the_papers_settings():
     for table, row in (('p4-table1', 'ltd'), ('p4-table5', 'adv-nat'), ('p4-table6', 'T=50')):
         a = resolved(table, row)
         assert (a.model, a.epochs, a.lr, a.weight_decay, a.nesterov) == ('wrn-34-10', 120, 0.1, 5e-4, True)
-        assert [round(m * a.epochs) for m in a.milestones] == [80, 100] and a.steps == 8 and a.batch_size == 128
+        assert [round(m * a.epochs) for m in a.milestones] == [80, 100]
+        assert (a.steps, a.batch_size) == (8, 128)
 
 # -----------------------------------------------------------------------------
 # what is printed
@@ -158,14 +161,15 @@ tables.TABLES['tiny'] = Table(
     'Tiny', rows={'trades': row('--loss trades'), 'logit_mse': row('--loss logit_mse --teacher {standard}')},
     columns={'clean': ('tiny', 'clean', 'accuracy'), 'PGD-20': ('tiny', 'pgd-20', 'accuracy')},
     budget='--dataset synthetic --width 4 --subset 32 --epochs 4 --steps 1 --batch-size 16 --save-minutes 0',
-    first={'standard': Row('', settings='--dataset synthetic --width 4 --subset 32 --epochs 1', script='train_teacher.py')})
+    first={'standard': Row('', settings='--dataset synthetic --width 4 --subset 32 --epochs 1',
+                           script='train_teacher.py')})
 reproduce.main(['tiny', *sys.argv[1:]])
 """
 
 def tiny(folder, *argv):
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    return subprocess.Popen([sys.executable, '-c', DRIVER, *argv], cwd=folder, env=env, text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, '-c', DRIVER, *argv], cwd=folder, env=env, text=True,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def ran(output):
     """The scripts it started."""
@@ -191,8 +195,8 @@ def test_killed_in_a_row_nothing_is_trained_twice(tmp_path):
     assert begins >= (1, 2) and log().read_text().count('"epoch"') == 4     # of two batches an epoch
     assert {path: path.stat().st_mtime_ns for path in done} == done
     table = (tmp_path / 'results/tiny/table.md').read_text()
-    assert re.search(r'\| trades \| [\d.]+ \(.*\) / \*50.0\* \| .* / \*\?\* .* \| 0 \| `--loss trades`', table)
-    assert table.count('python train_adv.py') == 3 and 'python train_teacher.py' in table       # one in the notes
+    assert re.search(r'\| trades \| [\d.]+ \(.*\) / \*50.0\* \| .* / \*\?\* .* \| 0 \| `--loss tr', table)
+    assert table.count('python train_adv.py') == 3 and 'python train_teacher.py' in table   # one in a note
 
     # a third time there is nothing to do; other weights are evaluated again, and a report is not thrown away
     best = next(tmp_path.glob('runs/*logit_mse*/best.pt'))
@@ -204,7 +208,7 @@ def test_dry_run_measures_with_teachers_that_are_not_there(tmp_path):
     measuring = tiny(tmp_path, '--rows', 'logit_mse', '--dry-run')
     output, _ = measuring.communicate(timeout=300)
     assert measuring.returncode == 0 and output.count('# about 0.0 hours') == 2, output
-    assert 'hours of training' in output and not (tmp_path / 'runs').exists() and not (tmp_path / 'results').exists()
+    assert 'hours of training' in output and not list(tmp_path.iterdir())
     commands = [line for line in output.splitlines() if line.startswith('python ')]
     assert [ran(f'$ {command}')[0] for command in commands] == ['train_teacher', 'train_adv', 'evaluate']
 
@@ -232,7 +236,8 @@ def test_a_folder_with_other_flags_is_refused(plan, tmp_path):
     assert not plans.is_trained(plan, job)
 
 def test_what_does_not_go_together(capsys):
-    for argv, text in ((['p1-table2'], '--scale'), (['p1-table2', '--scale', 'paper', '--width', '8'], '--width'),
+    for argv, text in ((['p1-table2'], '--scale'),
+                       (['p1-table2', '--scale', 'paper', '--width', '8'], '--width'),
                        (['p4-table6', '--scale', 'cpu', '--dataset', 'cifar100'], 'cifar100'),
                        (['small', '--rows', 'nothing'], 'unknown row'),
                        (['small', '--runs', '/tmp/elsewhere'], 'a folder called runs')):

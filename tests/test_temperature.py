@@ -84,17 +84,18 @@ def write_data(path, seed):
 
 def start(folder, script, flags):
     env = dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    ended = subprocess.run([sys.executable, *script, *shlex.split(flags)], cwd=folder, env=env, capture_output=True,
-                           text=True)
+    ended = subprocess.run([sys.executable, *script, *shlex.split(flags)], cwd=folder, env=env, text=True,
+                           capture_output=True)
     assert ended.returncode == 0, ended.stderr + ended.stdout
     return ended.stdout
 
 def test_both_steps_once_and_without_the_test_set(tmp_path):
     (tmp_path / 'data').mkdir()
     write_data(tmp_path / 'data/tiny.npz', seed=1)
-    start(tmp_path, [ROOT / 'train_teacher.py'], '--dataset tiny --width 4 --batch-size 16 --epochs 2 --out runs/t')
-    search = ('--grid 1 5 --threshold 10 --audited 20 --out r/t.json --dataset tiny --width 4 --batch-size 16 --epochs 2 '
-              '--steps 2 --teacher runs/t/best.pt')
+    small = '--dataset tiny --width 4 --batch-size 16 --epochs 2'
+    start(tmp_path, [ROOT / 'train_teacher.py'], f'{small} --out runs/t')
+    search = ('--grid 1 5 --threshold 10 --audited 20 --out r/t.json '
+              f'{small} --steps 2 --teacher runs/t/best.pt')
     output = start(tmp_path, ['-m', 'tools.temperature'], search)
     assert output.count('$ python') == 3                # 5 on clean images, which is enough; then 1 and 5
     found = json.loads((tmp_path / 'r/t.json').read_text())
@@ -112,7 +113,8 @@ def test_both_steps_once_and_without_the_test_set(tmp_path):
     assert (tmp_path / 'r/t.md').read_text() == text
 
 def test_what_does_not_go_together(capsys):
-    for argv, message in ((['--grid', '0.5'], 'at least 1'), (['--loss', 'trades'], '--loss is set by this tool'),
+    for argv, message in ((['--grid', '0.5'], 'at least 1'),
+                          (['--loss', 'trades'], '--loss is set by this tool'),
                           (['--runs', 'elsewhere'], 'a folder called runs')):
         with pytest.raises(SystemExit) as ended:
             temperature.main(argv)

@@ -27,7 +27,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FIRST_EPOCHS = 20                   # at scale cpu, of a teacher
 
 class Job(NamedTuple):
-    product: str                    # the folder of a training, or the report of an evaluation, from Place.base
+    product: str                    # the folder of a training, or the report of an evaluation, in Place.base
     command: str                    # SCRIPT FLAGS, without --resume and --data-dir
 
 class Place(NamedTuple):
@@ -182,7 +182,7 @@ def is_trained(place, job):
     for flag, value in vars(args).items():
         if flag in describe.NOT_THE_RUN or flag not in config:
             continue
-        if value is None and flag in ('augment', 'teacher', 'standard_teacher'):        # the script finds them
+        if value is None and flag in ('augment', 'teacher', 'standard_teacher'):       # the script finds it
             continue
         if config[flag] != value:
             raise Refused(f'{folder} holds a run with --{flag.replace("_", "-")} {config[flag]}, '

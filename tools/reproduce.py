@@ -2,10 +2,10 @@
 The papers' tables (tools/tables.py), row by row: train what is missing, evaluate it, print ours beside
 theirs.
 
-$ python -m tools.reproduce p1-table2 --scale cpu --width 8             # two cores: days; the same line continues
-$ python -m tools.reproduce p1-table2 --scale paper                     # the paper's settings and seeds: a GPU
-$ python -m tools.reproduce p4-table6 --scale cpu --dry-run             # what it would run, and how long that takes
-$ python -m tools.reproduce small --rows trades logit_mse --seeds 0 1 2 # about 9 minutes a row on a CPU core
+$ python -m tools.reproduce p1-table2 --scale cpu --width 8         # two cores: days; the same line continues
+$ python -m tools.reproduce p1-table2 --scale paper                 # the paper's settings and seeds: a GPU
+$ python -m tools.reproduce p4-table6 --scale cpu --dry-run         # what it would run, and how long
+$ python -m tools.reproduce small --rows trades logit_mse --seeds 0 1 2   # 9 minutes a row on a CPU core
 $ python -m tools.reproduce small --table                               # what is there already
 
 What is finished is left alone, what was cut is continued, and a run that another table or you have made is
@@ -30,8 +30,8 @@ import models
 from support import checkpoint, describe, files, refusals
 from support.files import atomic, say
 from tools import results
-from tools.plan import (ROOT, Plan, all_flags, evaluations, first_jobs, head, is_evaluated, is_trained, record, shown,
-                        text_of, training)
+from tools.plan import ROOT, Plan, all_flags, evaluations, first_jobs, head, is_evaluated, is_trained
+from tools.plan import record, shown, text_of, training
 from tools.tables import TABLES
 
 # forward passes that an image costs: in a training step beside its attack, under AutoAttack if it withstands
@@ -144,8 +144,8 @@ def measure(plan, job, firsts):
     argv += ['--dry-run', '--data-dir', os.path.abspath(plan.data_dir)]
     with tempfile.TemporaryDirectory() as empty:
         stand_ins(job, firsts, empty, plan.dataset)
-        ended = subprocess.run([sys.executable, os.path.join(ROOT, script), *argv], cwd=empty, capture_output=True,
-                               text=True)
+        ended = subprocess.run([sys.executable, os.path.join(ROOT, script), *argv], cwd=empty, text=True,
+                               capture_output=True)
     found = re.search(r'steps of ([\d.]+) s.*about (\d+) minutes', ended.stdout)
     if ended.returncode or not found:
         sys.exit(f'{job.command} --dry-run: {ended.stderr.strip() or ended.stdout.strip()}')
@@ -180,8 +180,8 @@ def dry_run(plan, work, timed):
                 images = WITHSTAND * (int(n[1]) if n else 10000)
                 judging += images * AUTOATTACK_PASSES * speeds[kind_of(row)][1] / passes / 3600
     if timed:
-        say(f'# {hours:.1f} hours of training; some {judging:.1f} of AutoAttack where {WITHSTAND:.0%} of the images '
-            'withstand it')
+        say(f'# {hours:.1f} hours of training; some {judging:.1f} of AutoAttack where {WITHSTAND:.0%} of the '
+            'images withstand it')
 
 # -----------------------------------------------------------------------------
 
@@ -209,8 +209,9 @@ def planned(args, refuse):
     runs = os.path.abspath(args.runs)
     if os.path.basename(runs) != 'runs':
         refuse(f'--runs {args.runs}: a folder called runs, as the training scripts name it')
+    kept = os.path.join(os.path.abspath(args.results), '-'.join(tags))
     plan = Plan(args.table, table, scale, dataset, width, args.epochs, n, scale == 'cpu' or args.compile,
-                os.path.dirname(runs), os.path.join(os.path.abspath(args.results), '-'.join(tags)), args.data_dir)
+                os.path.dirname(runs), kept, args.data_dir)
     rows = {name: row for name, row in table.rows.items() if dataset in row.paper}
     for name in args.rows or ():
         if name not in rows:
@@ -220,14 +221,14 @@ def planned(args, refuse):
     return plan, list(rows), [(name, seed) for seed in seeds for name in chosen]
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog='python -m tools.reproduce', description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog='python -m tools.reproduce', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     refusals.one_line(parser)
     files.plain_output()
     arg = parser.add_argument
     arg('table', choices=TABLES)
     arg('--scale', choices=['cpu', 'paper'])
-    arg('--rows', nargs='+', metavar='ROW', help='default: all; at scale cpu those that tools/tables.py picks')
+    arg('--rows', nargs='+', metavar='ROW', help='default: all; at scale cpu those tools/tables.py picks')
     arg('--seeds', nargs='+', type=int, help="default: 0; at scale paper as many as the paper's")
     arg('--dataset', help='default: cifar10; or cifar100, where the paper has it')
     arg('--width', type=int, help='of --scale cpu: channels of the first layer (default: 16)')
@@ -237,10 +238,10 @@ def main(argv=None):
     arg('--data-dir', default='data')
     arg('--runs', default='runs', metavar='DIR', help='where runs lie and go: a folder called runs')
     arg('--results', default='results', metavar='DIR', help='where the table goes')
-    arg('--dry-run', action='store_true', help='print the commands, and how long they take by a few measured steps')
+    arg('--dry-run', action='store_true', help='the commands, and how long they take by a few measured steps')
     arg('--no-measure', action='store_true', help='of --dry-run: the commands only')
     arg('--commands', action='store_true', help='the same as --dry-run --no-measure')
-    arg('--table-only', '--table', dest='table_only', action='store_true', help='run nothing: what is there already')
+    arg('--table-only', '--table', dest='table_only', action='store_true', help='run nothing: what is there')
     args = parser.parse_args(argv)
     plan, names, work = planned(args, parser.error)
 

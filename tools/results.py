@@ -72,22 +72,23 @@ def hold_out(runs):
     best = [max((e[key], e['epoch']) for e in run.epochs) for run in runs]         # of a tie the later
     epochs = ' '.join(str(epoch) for _, epoch in best)
     last = figure([run.epochs[-1][key] for run in runs])
-    return f'{figure([value for value, _ in best])} ({epochs}) / {last}' + (', clean' if key == 'val_clean' else '')
+    what = ', clean' if key == 'val_clean' else ''
+    return f'{figure([value for value, _ in best])} ({epochs}) / {last}{what}'
 
 # -----------------------------------------------------------------------------
 # the table
 
 def notes_on(plan):
     """How to read a cell, and at what scale."""
-    notes = ['Ours (95 % interval of the test images; ± standard deviation over seeds) / *the paper\'s*. *?*: in a '
-             'picture that our copy of the paper lacks; (2nd): second-hand. A number from one seed orders '
-             'nothing whose intervals overlap.']
+    notes = ["Ours (95 % interval of the test images; ± standard deviation over seeds) / *the paper's*. *?*: "
+             'in a picture that our copy of the paper lacks; (2nd): second-hand. A number from one seed '
+             'orders nothing whose intervals overlap.']
     epochs = plan.epochs or plan.table.epochs
     if plan.table.budget is not None:
         notes.append(f'Every row: `python train_adv.py {plan.table.budget}` and its flags.')
     elif plan.scale == 'cpu':
-        notes.append(f'Scale cpu: {plan.dataset}, ResNet-18 of width {plan.width}, {epochs} epochs, one cycle to '
-                     "0.2, whatever the paper has: not the paper's setting.")
+        notes.append(f'Scale cpu: {plan.dataset}, ResNet-18 of width {plan.width}, {epochs} epochs, one '
+                     "cycle to 0.2, whatever the paper has: not the paper's setting.")
     else:
         notes.append(f"Scale paper: {plan.dataset}, the paper's own settings.")
     return [f'- {note}' for note in notes + list(plan.table.notes)]
@@ -98,7 +99,8 @@ def markdown(plan, found):
     every = [run for runs in found.values() for run in runs.values()]
     titles = [title + images_of(every, column[0]) for title, column in table.columns.items()]
     heads = ['row', *titles, 'on the hold-out, best (epoch) / last', 's/epoch', 'seeds', 'flags']
-    lines = [f'# {table.title}', '', *notes_on(plan), '', f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
+    lines = [f'# {table.title}', '', *notes_on(plan), '',
+             f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
     commands = []
     for name, runs in found.items():
         some, row = list(runs.values()), table.rows[name]
@@ -106,7 +108,10 @@ def markdown(plan, found):
             continue
         numbers = row.paper[plan.dataset] or (None,) * len(titles)
         cells = [cell(column, some, number) for column, number in zip(table.columns.values(), numbers)]
-        cells += [hold_out(some), f'{statistics.median(run.seconds for run in some):.0f}'] if some else ['-', '-']
+        if some:
+            cells += [hold_out(some), f'{statistics.median(run.seconds for run in some):.0f}']
+        else:
+            cells += ['-', '-']
         cells += [' '.join(map(str, runs)) or '-', f'`{filled(plan, row.flags) or row.script}`']
         lines.append(f'| {name} | {" | ".join(cells)} |')
         for seed in runs:
@@ -130,8 +135,9 @@ def scatter(plan, found, path):
             for name, runs in found.items():
                 points = {'none': plan.table.rows[name].paper[plan.dataset]}
                 if runs:
-                    points['black'] = [statistics.mean(run.reports[e]['results'][r][field] for run in runs.values())
-                                       for e, r, field in columns.values()]
+                    points['black'] = [
+                        statistics.mean(run.reports[e]['results'][r][field] for run in runs.values())
+                        for e, r, field in columns.values()]
                 for colour, numbers in points.items():
                     axes.plot(numbers[0], numbers[k], 'o', color='black', markerfacecolor=colour)
                     axes.annotate(name, (numbers[0], numbers[k]), xytext=(3, 3), textcoords='offset points',

@@ -2,8 +2,8 @@
 The papers' tables, as data for tools/reproduce.py: rows with their flags, and the numbers that the papers
 print.
 
-A number is written as it is printed; None: the paper has none there; '?': it stands in a picture that our
-copy of the paper lacks; '49.23 (2nd)': second-hand, read elsewhere and not in our copy. Papers: 1 Al-Najjar
+A number is as printed, but for zeros at its end; None: the paper has none; '?': it stands in a picture that
+our copy of the paper lacks; '49.23 (2nd)': second-hand, read elsewhere and not in our copy. Papers: 1 Al-Najjar
 et al., "Adversarial Training without Hard Labels"; 2 Zi et al., "Revisiting Adversarial Robustness
 Distillation" (as a review tells it); 3 Dallaire & David, "Mixture of techniques"; 4 Chen & Lee, "LTD: Low
 Temperature Distillation".
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 class Row(NamedTuple):
     flags: str                      # the method, in every scale; {NAME} is the best.pt of Table.first[NAME]
-    paper: dict = {}                # dataset -> a number per column, () for none. These are the row's datasets
+    paper: dict = {}                # dataset -> a number per column, () for none. A row has these datasets
     settings: str | None = None     # flags at scale paper, where they are not the table's
     cpu: bool = True                # trained at scale cpu if no --rows are named
     script: str = 'train_adv.py'
@@ -135,8 +135,8 @@ def both(c10, c100):
     return {'cifar10': c10, 'cifar100': c100}
 
 DIRECTION = ('softmax_kl: read as the paper writes TRADES, equation 4 is KL(student || teacher), which is '
-             "--reverse; distillation's usual direction is the default here. Both stand beside the paper's one "
-             'number, which is that of the logits in table 1 less its "Delta".')
+             "--reverse; distillation's usual direction is the default here. Both stand beside the one "
+             'number of the paper, which is that of the logits in table 1 less its "Delta".')
 HOLD_OUT = 'Selected on 1,000 held-out training images; the paper says "validation set" and not which.'
 SWEEP = {           # beta: CIFAR-10 and CIFAR-100 of the logits, CIFAR-10 and CIFAR-100 of the softmax
     '0.05': ((81.12, 50.90), (52.88, 22.39), (79.96, 49.91), (55.73, 24.33)),
@@ -151,7 +151,8 @@ for beta, (logits10, logits100, softmax10, softmax100) in SWEEP.items():
     softmax = both(softmax10, softmax100)
     BETAS[f'logit_mse-{beta}'] = Row(f'--loss logit_mse {flags}', both(logits10, logits100), cpu=three)
     BETAS[f'softmax_kl-{beta}'] = Row(f'--loss softmax_kl {flags}', softmax, cpu=three)
-    BETAS[f'softmax_kl-{beta}-reverse'] = Row(f'--loss softmax_kl --reverse {flags}', softmax, cpu=beta == '0.2')
+    BETAS[f'softmax_kl-{beta}-reverse'] = Row(f'--loss softmax_kl --reverse {flags}', softmax,
+                                              cpu=beta == '0.2')
 P1_TABLE1 = Table('Al-Najjar et al., table 1: the effect of beta', rows=BETAS, columns=BEST, first=TEACHER,
                   seeds=(0, 1, 2), notes=(DIRECTION, HOLD_OUT))
 
@@ -165,20 +166,20 @@ def compared(standard, pgd_at, trades, hat, softmax_kl, logit_mse):
         'hat':        Row(f'--loss hat --beta 2.5 {STANDARD}', {'cifar10': hat[0]}),
         'hat-3.5':    Row(f'--loss hat --beta 3.5 {STANDARD}', {'cifar100': hat[1]}),
         'softmax_kl': Row(f'--loss softmax_kl --beta 0.2 {STANDARD}', both(*softmax_kl)),
-        'softmax_kl-reverse': Row(f'--loss softmax_kl --reverse --beta 0.2 {STANDARD}', both(*softmax_kl),
-                                  cpu=False),
         'logit_mse':  Row(f'--loss logit_mse --beta 0.2 {STANDARD}', both(*logit_mse)),
     }
 
+REVERSE = Row(f'--loss softmax_kl --beta 0.2 --reverse {STANDARD}', cpu=False,
+              paper=both((84.71, 49.46, None, None), (58.74, 23.56, None, None)))
 P1_TABLE2 = Table(
     'Al-Najjar et al., table 2: comparison with baseline methods',
-    rows=compared(
+    rows={**compared(
         standard=((95.11, 0.0, None, None), (76.49, 0.0, None, None)),
         pgd_at=((84.96, 47.17, 85.71, 46.26), (56.41, 22.49, 58.93, 22.63)),
         trades=((84.09, 50.26, 84.05, 49.97), (57.23, 23.83, 57.24, 23.72)),
         hat=((85.45, 49.68, 85.9, 49.14), (58.39, 23.78, 58.39, 23.77)),
         softmax_kl=((84.71, 49.46, None, None), (58.74, 23.56, None, None)),
-        logit_mse=((86.33, 50.56, 86.07, 50.63), (62.25, 24.20, 62.68, 24.16))),
+        logit_mse=((86.33, 50.56, 86.07, 50.63), (62.25, 24.20, 62.68, 24.16))), 'softmax_kl-reverse': REVERSE},
     columns=BEST_AND_LAST, first=TEACHER, seeds=(0, 1, 2),
     notes=(DIRECTION, HOLD_OUT, 'HAT: the paper states beta alone; gamma 0.5 is that of its authors.',
            'standard: the teacher of the others.'))
@@ -201,8 +202,8 @@ P1_FIGURE1 = Table(
     'Al-Najjar et al., figure 1: t-SNE of the logits of 300 test images per class',
     rows=compared(ABSENT, ABSENT, ABSENT, ABSENT, ABSENT, ABSENT), columns=BEST,
     first=TEACHER, picture='tsne',
-    notes=('The paper attacks with "the setup described in section 4", PGD-10 at 8/255 with 2/255; the pictures '
-           'here are under PGD-20.', "The paper's picture is not in our copy of it."))
+    notes=('The paper attacks with "the setup described in section 4", PGD-10 at 8/255 with 2/255; the '
+           'pictures here are under PGD-20.', "The paper's picture is not in our copy of it."))
 
 # -----------------------------------------------------------------------------
 # paper 2: 300 epochs, lr 0.1 divided by ten at 215, 260 and 285, momentum 0.9, weight decay 2e-4, batch 128,
@@ -213,14 +214,15 @@ P1_FIGURE1 = Table(
 P2_NOTES = (
     "The paper's tables are pictures that our copy lacks: only AutoAttack on the best ResNet-18s is known, "
     'second-hand. The review says that the best RSLAD is 2.26 points ahead, and 51.49 - 49.23 is that.',
-    "The paper's teacher is the released TRADES WRN-34-10; here one is trained, by TRADES' recipe. At scale cpu it is "
-    'the row trades, no larger than the student.', 'PGD by TRADES: 20 steps of 0.003 of the range.')
+    "The paper's teacher is the released TRADES WRN-34-10; here one is trained, by TRADES' recipe. At scale "
+    'cpu it is the row trades, no larger than the student.', 'PGD by TRADES: 20 steps of 0.003 of the range.')
 KNOWN = {
     'pgd_at': ('83.38 (2nd)', '45.83 (2nd)'), 'trades': ('?', '49.23 (2nd)'), 'ard': ('?', '49.19 (2nd)'),
     'iad1': ('?', '49.10 (2nd)'), 'rslad': ('83.38 (2nd)', '51.49 (2nd)'),
 }
 LOSSES = {
-    'standard': '', 'pgd_at': '--loss pgd_at', 'trades': '--loss trades', 'ard': '--loss ard --teacher {robust}',
+    'standard': '', 'pgd_at': '--loss pgd_at', 'trades': '--loss trades',
+    'ard': '--loss ard --teacher {robust}',
     'iad1': '--loss iad1 --teacher {robust}', 'rslad': '--loss rslad --teacher {robust}',
 }
 
@@ -258,7 +260,8 @@ P2_BLACKBOX = Table(
         'PGD-20, transferred': ('-black', 'transfer'), 'CW-20, transferred': ('-black', 'transfer-cw'),
         'Square': ('-black', 'square')}),
     settings='--recipe paper', first=FIRST,
-    notes=(P2_NOTES[1], 'Transferred from "a robust ResNet-50"; how it was trained is not said: by PGD-AT here.',
+    notes=(P2_NOTES[1],
+           'Transferred from "a robust ResNet-50"; how it was trained is not said: by PGD-AT here.',
            "The paper's table is a picture that our copy lacks."))
 
 # -----------------------------------------------------------------------------
@@ -275,9 +278,10 @@ P3_COLUMNS = {
     'AutoAttack 8/255': ('last-8', AA, 'accuracy'),
 }
 P3_NOTES = (
-    'The paper states no learning rate, no alpha of ALS (0.1 here) and no branch of BN for the attack of AdvProp (the '
-    'auxiliary one here). AutoAttack is not in the paper; it attacks the hybrid activation (SAT) with the gradients '
-    'of ReLU.', 'AdvProp is evaluated through its main BN, as in the paper.')
+    'The paper states no optimiser, learning rate and batch (the defaults here), no alpha of ALS (0.1) and no '
+    'branch of BN for the attack of AdvProp (the auxiliary one; advprop-main: the main one, as algorithm 1 '
+    'reads to the letter). AutoAttack is not in the paper; it attacks the hybrid activation (SAT) with the '
+    'gradients of ReLU.', 'AdvProp is evaluated through its main BN, as in the paper.')
 
 def p3(flags, *numbers):
     return Row(flags, {'cifar10': numbers})
@@ -288,6 +292,8 @@ P3_TABLE1 = Table(
         'traditional':  p3('--loss standard', 91.87, 47.18, 40.85, 42.51, 11.28, None),
         'adversarial':  p3(f'--loss nat_adv {WEAK}', 92.11, 75.92, 79.84, 60.60, 28.40, None),
         'advprop':      p3(f'--loss advprop {WEAK}', 93.16, 59.46, 56.04, 50.91, 18.07, None),
+        'advprop-main': p3(f'--loss advprop --craft-branch main {WEAK}',
+                           93.16, 59.46, 56.04, 50.91, 18.07, None)._replace(cpu=False),
         'als':          p3('--loss als', 90.61, 48.51, 41.65, 41.44, 14.49, None),
         'sat':          p3(f'--loss nat_adv --activation hybrid {WEAK}',
                            91.55, 75.53, 78.23, 60.63, 32.07, None),
@@ -309,8 +315,8 @@ P3_TABLE2 = Table(
         'adversarial': p3(f'--loss nat_adv {HALF}', 90.97, 65.81, 45.39, 64.54, 81.19, None),
     },
     columns=P3_COLUMNS,
-    notes=(*P3_NOTES, 'Within 0.5 every image can be made grey: an accuracy above chance there says that the attack '
-           'is weak, and one above that at 0.1 that gradients are masked.'))
+    notes=(*P3_NOTES, 'Within 0.5 every image can be made grey: an accuracy above chance there says that the '
+           'attack is weak, and one above that at 0.1 that gradients are masked.'))
 P3_FIGURE4 = P3_TABLE1._replace(
     title='Dallaire & David, figure 4: accuracy on the test set against robustness', picture='scatter',
     notes=(*P3_NOTES, "The paper's picture is not in our copy; its points are those of table 1, and its two "
@@ -327,8 +333,10 @@ P4 = dict(settings=f'{WRN} --recipe paper', first={
     'standard':   Row('', settings=f'{WRN} {STEPS}', script='train_teacher.py'),
     'standard20': Row('', settings=f'--model wrn-34-20 {STEPS}', script='train_teacher.py'),
 })
-P4_NOTES = ('The paper does not say whether its numbers are of the best epoch or of the last; they stand beside '
-            'best. Nor does it state the step of the attack: 2/255 here.',)
+P4_NOTES = ('The paper does not say whether its numbers are of the best epoch or of the last; they stand '
+            'beside best. Nor does it state the step of the attack: 2/255 here. Section 4.2 says that the '
+            'attack uses y, equation 29 and its framework, TRADES, that it climbs the KL, as here; --inner ce '
+            'is the other reading.',)
 # Wu et al.'s own settings (their code), of which paper 4 states nothing
 AWP = ('--epochs 200 --schedule step --lr 0.1 --milestones 0.5 0.75 --weight-decay 5e-4 --no-nesterov '
        '--awp-warmup 0.05')
@@ -350,10 +358,10 @@ P4_TABLE1 = Table(
     },
     columns=BEST_AND_LAST, **P4,
     notes=(*P4_NOTES,
-           "trades and awp: the paper quotes their authors' networks, and so they have their authors' settings here; "
-           "trades-same has LTD's, which tells the labels' part from the settings'.",
-           'AWP of LTD: gamma and warm-up are not stated; 0.005 and ten epochs are those of the code it builds on. '
-           'The temperature on CIFAR-100 is not stated: 5 here.'))
+           "trades and awp: the paper quotes their authors' networks, and so they have their authors' "
+           "settings here; trades-same has LTD's, which tells the labels' part from the settings'.",
+           'AWP of LTD: gamma and warm-up are not stated; 0.005 and ten epochs are those of the code it '
+           'builds on. The temperature on CIFAR-100 is not stated: 5 here.'))
 P4_TABLE4 = Table(
     'Chen & Lee, table 4: TRADES + LTD after each of the attacks of AutoAttack',
     rows={'ltd': Row(f'--loss ltd --tau 5 {STANDARD}', {'cifar10': (85.63, 58.37, 55.09, 55.09, 55.09)})},
@@ -368,11 +376,12 @@ P4_TABLE5 = Table(
           for order, numbers in {'adv-nat': (85.89, 54.95), 'nat-adv': (85.63, 55.09), 'nat': (10.0, '\\*'),
                                  'adv': (10.0, '\\*')}.items()},
     columns=BEST_AND_LAST, **P4,
-    notes=(*P4_NOTES, 'nat and adv: the paper\'s trainings failed; how it passes the other images through BN is not '
-           'stated: here in training mode, and the running statistics stay.'))
+    notes=(*P4_NOTES, "nat and adv: the paper's trainings failed; how it passes the other images through BN "
+           'is not stated: here in training mode, and the running statistics stay.'))
 TEMPERATURES = {
     '1': (84.51, 54.38), '2': (84.96, 54.90), '3': (85.48, 55.03), '5': (86.20, 55.09), '8': (85.23, 54.63),
-    '10': (84.72, 53.56), '12': (77.45, 43.85), '15': (94.72, 0.00), '20': (94.39, 0.00), '50': (86.63, '\\*'),
+    '10': (84.72, 53.56), '12': (77.45, 43.85), '15': (94.72, 0.00), '20': (94.39, 0.00),
+    '50': (86.63, '\\*'),
 }
 COOL = {}
 for tau, numbers in TEMPERATURES.items():
@@ -382,8 +391,8 @@ P4_TABLE6 = Table(
     'Chen & Lee, table 6: the temperature of the teacher',
     rows={'trades': Row('--loss trades', {'cifar10': (84.92, 53.08, None, None)}), **COOL},
     columns=BEST_AND_LAST, **P4, epochs=10,
-    notes=(*P4_NOTES, "Clean accuracy at T=5 is 86.20 here and 85.63 in the paper's tables 1 and 4, of the same "
-           'method.'))
+    notes=(*P4_NOTES, "The paper's clean accuracy at T=5 is 86.20 here and 85.63 in its tables 1 and 4, of "
+           'the same method.'))
 
 TABLES = {
     'small': SMALL,

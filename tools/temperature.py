@@ -2,12 +2,13 @@
 The temperature of low temperature distillation (Chen & Lee, section 4.3), searched in two steps on held-out
 training images; the test set takes no part.
 
-$ python -m tools.temperature --width 8 --epochs 10 --compile             # on a CPU: a training per temperature
+$ python -m tools.temperature --width 8 --epochs 10 --compile         # on a CPU: a training per temperature
 $ python -m tools.temperature --threshold 90 --model wrn-34-10 --recipe paper --teacher runs/x/best.pt
 $ python -m tools.temperature --dry-run --grid 1 2 5 10 20 --width 8      # the trainings of both steps
 
-1. tau_max: the highest of --grid whose student, trained by equation 28 on clean images only, ends above --threshold.
-2. Of the temperatures up to tau_max, the one with the best robustness of best.pt, trained by all of equation 28;
+1. tau_max: the highest of --grid whose student, trained by equation 28 on clean images only, ends above
+   --threshold.
+2. Of the temperatures up to tau_max, the one whose best.pt, trained by all of equation 28, is most robust;
    --refine tries N more between the best and its better neighbour. Robust is an image that withstands PGD-20
    on the cross-entropy and on the margin. Beside each point stands the masking audit (support/audit.py): at
    high temperatures PGD sees nothing and robustness is an illusion, so a point under suspicion is shown and
@@ -36,7 +37,7 @@ from tools.plan import Job, Place, folder_of, head, log_of, shown
 from tools.reproduce import train
 
 GRID = [1, 2, 3, 5, 8, 10, 12, 15, 20, 50]          # table 6
-DROP = 5.0              # points below its teacher that a student may lose by distillation alone, without --threshold
+DROP = 5.0              # points that a student on clean images may lose to its teacher, without --threshold
 
 # -----------------------------------------------------------------------------
 # trainings
@@ -89,14 +90,16 @@ def judge(net, x, y, eps, norm, audited):
             with torch.no_grad():
                 right['clean'].append(net(x_part).argmax(1) == y_part)
             for name, climbed in (('pgd', on_cross_entropy), ('margin', on_margin)):
-                x_adv = pgd(lambda x_adv: climbed(x_adv, y_part), x_part, eps=eps, step_size=eps / 4, steps=20, norm=norm)
+                x_adv = pgd(lambda x_adv: climbed(x_adv, y_part), x_part,
+                            eps=eps, step_size=eps / 4, steps=20, norm=norm)
                 with torch.no_grad():
                     right[name].append(net(x_adv).argmax(1) == y_part)
     right = {name: torch.cat(parts) for name, parts in right.items()}
     right['robust'] = right['clean'] & right['pgd'] & right['margin']
     figures = {name: 100 * mask.float().mean().item() for name, mask in right.items()}
     checks = audit.audit(net, x[:audited], y[:audited], eps=eps, norm=norm)
-    return dict(figures, n=len(y), interval=wilson(right['robust'].sum().item(), len(y)), audit=audit.overall(checks),
+    interval = wilson(right['robust'].sum().item(), len(y))
+    return dict(figures, n=len(y), interval=interval, audit=audit.overall(checks),
                 suspicious=[check.name for check in checks if check.verdict == 'suspicious'])
 
 def choose(points):
@@ -108,17 +111,19 @@ def choose(points):
 def table(step1, points, threshold, highest, best):
     """Both steps as markdown."""
     lines = ['# The temperature of the teacher, on held-out training images', '',
-             f'Step 1: trained on clean images only, above {threshold:.1f} %: tau_max = {highest or "none"}', '',
-             '| tau | clean |', '|---|---|']
+             f'Step 1: trained on clean images only, above {threshold:.1f} %: tau_max = {highest or "none"}',
+             '',             '| tau | clean |', '|---|---|']
     lines += [f'| {tau:g} | {clean:.1f} |' for tau, clean in sorted(step1.items())]
     if points:
         n = next(iter(points.values()))['n']
         lines += ['', f'Step 2: n={n}; best: {best or "none that the audit does not suspect"}', '',
-                  '| tau | clean | PGD-20 on CE | on the margin | both (95 %) | epoch | masking audit |', '|---' * 7 + '|']
+                  '| tau | clean | PGD-20 on CE | on the margin | both (95 %) | epoch | masking audit |',
+                  '|---' * 7 + '|']
     for tau, p in sorted(points.items()):
         low, high = p['interval']
+        verdict = p['audit'].removeprefix('masking audit: ')
         lines.append(f'| {tau:g} | {p["clean"]:.1f} | {p["pgd"]:.1f} | {p["margin"]:.1f} | {p["robust"]:.1f} '
-                     f'({low:.1f}-{high:.1f}) | {p["epoch"]} | {p["audit"].removeprefix("masking audit: ")} |')
+                     f'({low:.1f}-{high:.1f}) | {p["epoch"]} | {verdict} |')
     return '\n'.join([*lines, ''])
 
 # -----------------------------------------------------------------------------
@@ -163,9 +168,11 @@ class Search:
         if not known or known['fingerprint'] != checkpoint.fingerprint(net):
             x, y = self.hold_out(head(job.command)['args'])
             known = judge(net.to(x.device), x, y, meta['eps'] / 255, meta['norm'], self.args.audited)
-            known.update(fingerprint=checkpoint.fingerprint(net), epoch=meta['epoch'], checkpoint=f'{job.product}/best.pt')
+            known.update(fingerprint=checkpoint.fingerprint(net), epoch=meta['epoch'],
+                         checkpoint=f'{job.product}/best.pt')
         self.points[tau] = known
-        say(f'step 2, tau {tau:g}: {known["clean"]:.1f} % clean, {known["robust"]:.1f} % robust; {known["audit"]}')
+        say(f'step 2, tau {tau:g}: {known["clean"]:.1f} % clean, {known["robust"]:.1f} % robust; '
+            f'{known["audit"]}')
         self.write()
 
     def write(self, **more):
@@ -198,18 +205,19 @@ class Search:
         say(text)
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog='python -m tools.temperature', description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog='python -m tools.temperature', description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     refusals.one_line(parser)
     files.plain_output()
     arg = parser.add_argument
     arg('--grid', nargs='+', type=float, default=GRID, metavar='TAU')
-    arg('--threshold', type=float, metavar='PERCENT', help=f"of clean accuracy (default: the teacher's, less {DROP:g})")
+    arg('--threshold', type=float, metavar='PERCENT',
+        help=f"of clean accuracy (default: the teacher's, less {DROP:g})")
     arg('--refine', type=int, default=0, metavar='N')
-    arg('--audited', type=int, default=100, metavar='N', help='held-out images of the masking audit (default: 100)')
+    arg('--audited', type=int, default=100, metavar='N', help='held-out images of the audit (default: 100)')
     arg('--data-dir', default='data')
     arg('--runs', default='runs', metavar='DIR', help='where runs lie and go: a folder called runs')
-    arg('--out', default='results/temperature.json', metavar='JSON', help='the points; the table goes beside it')
+    arg('--out', default='results/temperature.json', metavar='JSON', help='points; the table goes beside it')
     arg('--dry-run', action='store_true', help='print the trainings of both steps')
     args, rest = parser.parse_known_args(argv)
     runs = os.path.abspath(args.runs)
