@@ -205,8 +205,8 @@ def images(x, x_adv, logits, logits_adv, y, names, title=''):
 
 def tsne(logits, logits_adv, y, names, title='', seed=0):
     """As figure 1 of Al-Najjar et al., "Adversarial Training without Hard Labels": the logits (B,K) in the
-    plane, a symbol and colour per class, of up to twenty its number near its median. One map for both panels:
-    what moved has moved."""
+    plane, a symbol and colour per class, of up to twenty its number near the point in its middle. One map for
+    both panels: what moved has moved."""
     from sklearn.manifold import TSNE
     z, y = np.concatenate([logits.double().cpu(), logits_adv.double().cpu()]), y.cpu().numpy()
     points = TSNE(perplexity=min(30, (len(z) - 1) / 3), init='pca', random_state=seed).fit_transform(z)
@@ -224,7 +224,8 @@ def tsne(logits, logits_adv, y, names, title='', seed=0):
             marker = MARKERS[(c + c // 10) % 10]
             axes.scatter(*own.T, s=7, marker=marker, color=palette[c], linewidths=0, alpha=0.7, label=label)
             if few:
-                chosen = (np.linalg.norm(places - np.median(own, axis=0), axis=1) + cost).argmin()
+                middle = own[np.linalg.norm(own - np.median(own, axis=0), axis=1).argmin()]
+                chosen = (np.linalg.norm(places - middle, axis=1) + cost).argmin()
                 axes.text(*places[chosen], c, ha='center', va='center', weight='bold',
                           bbox=dict(boxstyle='round,pad=0.15', facecolor='white', linewidth=0.4, alpha=0.85))
                 cost[chosen] = math.inf

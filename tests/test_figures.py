@@ -328,6 +328,27 @@ def test_two_reports_side_by_side(tmp_path, monkeypatch):
     assert list(drawn) == ['stages', 'per_class', 'confusion-trades-beta-1', 'confusion-trades-beta-2']
     assert list(widths(drawn['stages'].axes[0])) == ['trades beta 1', 'trades beta 2']
 
+def test_pictures_of_labels_that_begin_alike_are_all_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, 'save', lambda figure, path: None)
+    monkeypatch.setattr(reading, 'labels', lambda paths, reports: ['t' * 200 + path for path in paths])
+    paths = [write(tmp_path / f'{k}.json', report(k)) for k in range(3)]
+    drawn = figures.draw(paths, 'none', tmp_path)
+    assert len(drawn) == 5 and all(name.startswith('confusion-ttt') for name in list(drawn)[2:])
+
+@pytest.mark.parametrize('draw, n, expected', [
+    (False, None, range(5)), (False, 3, range(3)), (True, 3, range(3)), (False, 50, range(9)),
+    (True, None, None)])
+def test_the_images_are_those_of_the_report(draw, n, expected):
+    """Or the first n. Drawn: as evaluate.py --draw --seed 7 takes them."""
+    class d:
+        x_test = torch.zeros(9, 8, 8, 3, dtype=torch.uint8)
+        y_test = torch.arange(9)
+    evaluated = dict(results=dict(clean=dict(n=5)), args=dict(draw=draw, seed=7))
+    if expected is None:
+        expected = sorted(torch.randperm(9, generator=torch.Generator().manual_seed(7))[:5].tolist())
+    x, y = reading.images_of(evaluated, d, n, torch.device('cpu'))
+    assert y.tolist() == list(expected) and x.shape == (len(y), 3, 8, 8)
+
 def test_reports_of_one_method_are_told_apart_by_what_differs():
     def of(seed, **run):
         hparams = dict(beta=6.0, reverse=False)
