@@ -15,7 +15,7 @@ import time
 
 import pytest
 
-from support import refusals
+from support import files, refusals
 from support.files import Refused
 from tools import plan as plans
 from tools import reproduce, results
@@ -203,6 +203,19 @@ def test_killed_in_a_row_nothing_is_trained_twice(tmp_path):
     shutil.copy(next(tmp_path.glob('runs/*trades*/best.pt')), best)
     third = tiny(tmp_path)
     assert ran(third.communicate(timeout=300)[0]) == ['evaluate'] and best.with_name('tiny.json.old').exists()
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='POSIX signals')
+def test_a_signal_to_stop_goes_on_to_the_training_which_saves(tmp_path):
+    stopped = tiny(tmp_path, '--rows', 'trades')
+    state = lambda: next(iter(tmp_path.glob('runs/*trades*/state.pt')), None)
+    deadline = time.time() + 300
+    while time.time() < deadline and not state():
+        time.sleep(0.05)
+    os.kill(stopped.pid, signal.SIGTERM)
+    output, _ = stopped.communicate(timeout=300)
+    assert stopped.returncode == 1 and output.rstrip().endswith('stopped; the same command continues'), output
+    assert 'Continue with: python' in output and state() and not files.is_locked(state().parent)
+    assert 'evaluate.py' not in output.split('Continue with')[0]
 
 def test_dry_run_measures_with_teachers_that_are_not_there(tmp_path):
     measuring = tiny(tmp_path, '--rows', 'logit_mse', '--dry-run')
