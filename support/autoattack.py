@@ -7,9 +7,9 @@ evaluation needs that is stopped and continued, shared, and reported stage by st
         x_adv, broken, warnings = one_part(name, net, x[alive], y[alive], eps=8/255)
         ...                                                         # alive: those that net still gets right
 
-Image by image the result of one call of theirs with the same seed and batch size. Their package is called autoattack
-where it was installed from their repository, and pyautoattack on PyPI: the first is taken if both are there, and
-package() says which, and its version.
+Image by image the result of one call of theirs with the same seed and batch size. Their package is called
+autoattack where it was installed from their repository, and pyautoattack on PyPI: the first is taken if both
+are there, and package() says which, and its version.
 """
 import importlib.metadata
 import importlib.util

@@ -36,10 +36,12 @@ def atomic(path):
 
 def save(path, content):
     """torch.save, whole or not at all. Raises OSError."""
-    with atomic(path) as tmp:
+    with atomic(path) as tmp, open(tmp, 'wb') as f:
         try:
-            torch.save(content, tmp)
-        except RuntimeError as e:           # torch.save's word for a full disk
+            torch.save(content, f)
+        except RuntimeError as e:           # torch.save's word for a full disk; what the disk said is behind it
+            if isinstance(e.__context__, OSError):
+                raise e.__context__
             raise OSError(errno.EIO, str(e)) from e
 
 def lock(file):

@@ -1,24 +1,27 @@
 """
-Batches that survive: each is computed once and then lies on the disk. Killed at any moment, the same command goes on
-where it was; started several times over, as other shards, it shares the work.
+Batches that survive: each is computed once and then lies on the disk. Killed at any moment, the same
+command goes on where it was; started several times over, as other shards, it shares the work.
 
     saved = Saved('eval.state', dict(weights=..., images=..., eps=..., seed=...), shard=(0, 4))
-    for k, index in progress(batches, 'pgd'):
-        if saved.mine(k):
-            saved.compute(f'pgd-{k}', lambda: attack(index))            # a dict of tensors, numbers and strings
-    results = [saved.read(f'pgd-{k}') for k in range(len(batches))]     # waits for the other shards
+    for i, result in saved.batches('pgd', 0, todo, 50, attack):
+        ...         # i: the images of the k-th batch; attack(k, i) -> a dict of tensors, numbers, strings
 
-What is computed must depend on the fingerprint and on the key alone: each batch is seeded by itself.
+What is computed must depend on the fingerprint, the name and the batch alone: each is seeded by itself.
 """
+import contextlib
+import errno
+import glob
+import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 
-import torch
 from tqdm import tqdm
 
+from support import checkpoint, files
 from support.files import Refused, atomic, say
 from support.refusals import refuse
 
@@ -30,19 +33,24 @@ except ImportError:             # Windows: nobody warns of two evaluations of on
 UNFINISHED = '"complete": false'
 TELL, GIVE_UP = 30, 3600        # seconds: between two lines on the screen; of waiting without a new file
 
+# -----------------------------------------------------------------------------
+# the screen
+
 def progress(things, what, unit='batches', total=None):
-    """things, numbered, with a bar on a terminal that also moves while one of them takes long; elsewhere a line every
-    30 seconds."""
+    """things, numbered, with a bar on a terminal that also moves while one of them takes long; elsewhere a
+    line every 30 seconds."""
     total = len(things) if total is None else total
-    bar = tqdm(total=total, desc=what, disable=None, leave=False,
-               bar_format='{desc} {percentage:.0f}% |{bar:40}| {elapsed} gone, {remaining} left')
+    bar = tqdm(total=total, desc=what, disable=None, leave=False, unit=unit,
+               bar_format='{desc}: {n_fmt} of {total_fmt} {unit} |{bar:30}| {elapsed} gone, {remaining} left')
     started, done, over = time.monotonic(), 0, threading.Event()
+
     def tell():
         while not over.wait(TELL if bar.disable else 1):
             if bar.disable:
                 say(f'{what}: {done} of {total} {unit} after {(time.monotonic() - started) / 60:.1f} minutes')
             else:
                 bar.refresh()
+
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
     try:
@@ -54,30 +62,71 @@ def progress(things, what, unit='batches', total=None):
         teller.join()
         bar.close()
 
-def unfinished(path, flag):
-    """Raises Refused if path is there and not the beginning of a report."""
-    if path and os.path.exists(path):
-        try:
-            with open(path, 'rb') as f:
-                beginning = UNFINISHED.encode() in f.read()
-        except OSError as e:
-            raise Refused(f'cannot write {path}: {e.strerror}') from e
-        if not beginning:
-            refuse(f'{path} is there already: choose another --{flag}, or delete it')
+# -----------------------------------------------------------------------------
+# what can go wrong with a disk
 
-def reserve(path):
-    """Hours of AutoAttack end in this file: it has to be writable."""
+def cannot_write(path, problem):
+    """problem: an OSError. -> a line."""
+    full = 'the disk is full: ' if problem.errno in (errno.ENOSPC, errno.EDQUOT) else ''
+    return f'{full}cannot write {path}: {problem.strerror or problem}'
+
+@contextlib.contextmanager
+def guarded(report, batch_size):
+    """The work of an evaluation: what ends it early is one line, and the next command goes on from there."""
+    intact = f'what is finished lies in {report}.state, and the same command continues'
     try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(f'\nstopped: {intact}')
+    except OSError as e:
+        sys.exit(f'{cannot_write(e.filename or report, e)}. Stopped: {intact}')
+    except RuntimeError as e:
+        if 'out of memory' not in str(e).lower() and "can't allocate memory" not in str(e):
+            raise
+        sys.exit(f'out of memory with --batch-size {batch_size}: try {max(1, batch_size // 2)}, '
+                 'with another --out')
+
+def unfinished(path, flag):
+    """Raises Refused if path is there and not the beginning of a report, which the next one may replace."""
+    if not path or not os.path.exists(path):
+        return
+    try:
+        with open(path, 'rb') as f:
+            content = f.read()
+    except OSError as e:
+        raise Refused(f'cannot write {path}: {e.strerror}') from e
+    if UNFINISHED.encode() in content:
+        return
+    try:
+        json.loads(content)
+    except ValueError:                              # torn, or something else
+        if os.path.isdir(f'{path}.state') and content[:1] in (b'', b'{', b'\0'):
+            say(f'note: {path} is torn, and is written again from {path}.state')
+            return
+    refuse(f'{path} is there already: choose another --{flag}, or delete it')
+
+def reserve(path, flag):
+    """Hours of AutoAttack end in this file: it has to be writable. What a killed evaluation left beside it
+    goes."""
+    unfinished(path, flag)                          # another evaluation may have ended while this one started
+    if not path:
+        return
+    folder, name = os.path.split(path)
+    try:
+        for left_over in glob.glob(os.path.join(glob.escape(folder), f'.{glob.escape(name)}.*.tmp')):
+            os.remove(left_over)
         with atomic(path) as tmp, open(tmp, 'w') as f:
             f.write('{%s}' % UNFINISHED)
     except OSError as e:
-        raise Refused(f'cannot write {path}: {e.strerror}') from e
+        raise Refused(cannot_write(path, e)) from e
+
+# -----------------------------------------------------------------------------
 
 class Saved:
     """
-    A folder of finished batches of one evaluation. fingerprint: everything that the results depend on, as JSON. shard:
-    (i, n). Raises Refused, naming the difference, for a folder with another fingerprint, and where this shard, or
-    the whole evaluation, is at work already.
+    A folder of finished batches of one evaluation. fingerprint: everything that the results depend on, as
+    JSON. shard: (i, n). Raises Refused, naming the difference, for a folder with another fingerprint, and
+    where this shard, or the whole evaluation, is at work already.
     """
     def __init__(self, folder, fingerprint, shard=(0, 1)):
         self.folder, self.shard = folder, shard
@@ -90,16 +139,21 @@ class Saved:
                     json.dump(fingerprint, f, indent=1)
             with open(path) as f:
                 old = json.load(f)
+            if not isinstance(old, dict):
+                raise ValueError
         except OSError as e:
-            raise Refused(f'cannot write {folder}: {e.strerror}') from e
+            raise Refused(cannot_write(folder, e)) from e
+        except ValueError as e:
+            raise Refused(f'{path} is damaged, so nothing says whose batches these are: delete {folder}, '
+                          'and the evaluation begins again') from e
         for k in sorted(old.keys() | fingerprint.keys()):
             if old.get(k) != fingerprint.get(k):
                 refuse(f'{folder} holds a part of another evaluation ({k} was {old.get(k)}, '
                        f'is {fingerprint.get(k)}): delete it, or choose another --out')
 
     def _lock(self):
-        """Shards share the folder, each of them once; an evaluation that is no shard has it alone. Held until the
-        process ends, however it does."""
+        """Shards share the folder, each of them once; an evaluation that is no shard has it alone. Held until
+        the process ends, however it does."""
         if not fcntl:
             return
         i, n = self.shard
@@ -113,37 +167,64 @@ class Saved:
             what = 'another evaluation' if n == 1 else f'shard {i}, or the whole evaluation,'
             raise Refused(f'{what} is at work on {report}: wait for it, choose another --out, '
                           'or share the work from the start with --shard') from None
+        if n == 1:                                  # nobody else writes here: these are of a killed one
+            for left_over in glob.glob(f'{glob.escape(self.folder)}/.*.tmp'):
+                os.remove(left_over)
 
     def mine(self, k):
         """Is the k-th batch this process's?"""
         return k % self.shard[1] == self.shard[0]
 
-    def compute(self, key, fn):
-        """fn(), unless an earlier process has been here."""
+    def once(self, key, fn, *args):
+        """fn(*args), or what it was when it was called for this key before."""
         path = f'{self.folder}/{key}.pt'
-        if not os.path.exists(path):
-            result = fn()
-            with atomic(path) as tmp:
-                torch.save(result, tmp)
+        if os.path.exists(path):
+            try:
+                content = checkpoint.read(path)
+                if isinstance(content, dict) and content.get('key') == key:
+                    return content['result']
+                say(f'note: {path} is no batch of this evaluation: computed again')
+            except Refused as e:
+                say(f'note: {e}: computed again')
+        result = fn(*args)
+        if not os.path.exists(self.folder):
+            refuse(f'{self.folder} was deleted while this evaluation worked in it: start it again')
+        files.save(path, dict(key=key, result=result))
+        return result
 
-    def read(self, key):
-        """What compute() stored, in this process or in another one, for which it waits: ends the script if nothing new
-        appears for an hour."""
-        path = f'{self.folder}/{key}.pt'
+    def batches(self, name, restart, todo, batch_size, fn):
+        """Yields the images of a batch, (B,) indices, and fn(k, indices), the k-th batch's result, for all
+        batches of todo, (n,) bool: this process's are computed, or were before; for those of the other shards
+        it waits."""
+        index = todo.nonzero()[:, 0]
+        batches = index.split(batch_size) if len(index) else []
+        keys = [f'{name}-{restart}-{k}-{hashlib.sha256(i.numpy().tobytes()).hexdigest()[:12]}'
+                for k, i in enumerate(batches)]
+        for k, i in progress(batches, f'{name}, restart {restart}' if restart else name):
+            if self.mine(k):
+                self.once(keys[k], fn, k, i)
+        for k, i in enumerate(batches):
+            if not self.mine(k):
+                self.wait(keys[k])
+            yield i, self.once(keys[k], fn, k, i)
+
+    def wait(self, key):
+        """Until another process has stored it: ends the script if nothing new appears for an hour."""
         known, changed, told = None, time.monotonic(), time.monotonic()
-        while not os.path.exists(path):
+        while not os.path.exists(f'{self.folder}/{key}.pt'):
+            if not os.path.exists(self.folder):
+                refuse(f'{self.folder} was deleted while this evaluation worked in it: start it again')
             time.sleep(0.2)
-            now, files = time.monotonic(), len(os.listdir(self.folder))
-            if files != known:
-                known, changed = files, now
+            now, content = time.monotonic(), len(os.listdir(self.folder))
+            if content != known:
+                known, changed = content, now
             if now - told > TELL:
                 told = now
                 say(f'waiting for {key}, which another shard of {self.shard[1]} computes; '
                     f'nothing new for {(now - changed) / 60:.0f} of at most {GIVE_UP / 60:g} minutes')
             if now - changed > GIVE_UP:
-                refuse(f'nothing new in {self.folder} for {GIVE_UP / 60:g} minutes, and {key} of another shard is '
-                       'missing: start that shard, and this command again')
-        return torch.load(path, map_location='cpu', weights_only=True)
+                refuse(f'nothing new in {self.folder} for {GIVE_UP / 60:g} minutes, and {key} of another '
+                       'shard is missing: start that shard, and this command again')
 
     def delete(self):
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,11 +1,11 @@
 """evaluate.py: what it reports, refuses and flags, and that the eager network in fp32 has the last word."""
-import fcntl, json, os, pty, struct, subprocess, sys, termios
+import argparse, fcntl, json, os, pty, re, struct, subprocess, sys, termios
 
 import pytest
 import torch
 
 import data, models
-from support import evaluation
+from support import autoattack, estimate, shards, summary
 from test_smoke import HERE, run
 
 NETS = '''
@@ -91,9 +91,9 @@ def test_every_row_is_there_and_means_what_it_says(whole):
         assert [sum(line) for line in v['confusion']] == torch.bincount(d.y_test[:N], minlength=10).tolist()
         assert sum(line[c] for c, line in enumerate(v['confusion'])) == v['correct'] == v['robust'].count('1')
         for c, line in enumerate(v['confusion']):
-            assert v['class_interval'][str(c)] == evaluation.wilson(line[c], sum(line))
+            assert v['class_interval'][str(c)] == summary.wilson(line[c], sum(line))
             assert v['per_class'][str(c)] == pytest.approx(100 * line[c] / sum(line))
-    low, high = evaluation.wilson(50, 100)
+    low, high = summary.wilson(50, 100)
     assert (low, high) == pytest.approx((40.4, 59.6), abs=0.05)
 
 def test_the_report_says_what_was_evaluated_and_what_was_looked_at(whole, tmp):
@@ -206,7 +206,7 @@ def test_fast_is_confirmed_in_fp32_and_searched_again(tmp, tmp_path, monkeypatch
     monkeypatch.setattr(models, 'autocast_dtype', lambda amp, device: torch.bfloat16)        # emulated on a CPU
     fast = evaluate(*net(tmp), *FLAGS, '--n', 12, '--no-audit', '--attacks', 'aa-fast', '--fast',
                     '--save-adv', tmp_path / 'adv.pt', out=tmp_path / 'f.json')[1]
-    assert fast['search'].startswith('bfloat16, compiled; what is left') and 'bfloat16' not in exact['search']
+    assert 'AutoAttack in bfloat16, what is left' in fast['search'] and 'bfloat16' not in exact['search']
     right = {row: v['correct'] for row, v in fast['results'].items()}
     assert 'autoattack, after apgd-t again' in right
     assert right['clean'] == exact['results']['clean']['correct']
@@ -232,10 +232,85 @@ def test_a_terminal_gets_a_bar_with_the_time_left_and_a_file_does_not(tmp, tmp_p
     os.set_blocking(master, False)
     seen = os.read(master, 100000).decode()
     os.close(slave)
-    assert 'pgd' in seen and '%' in seen and ' left' in seen
+    assert 'pgd: 0 of 3 batches' in seen and ' left' in seen
     done = subprocess.run([str(v) for v in command + ['--out', tmp_path / 'b.json']], check=True,
                           capture_output=True, text=True)
     assert not done.stderr and 'pgd-5' in done.stdout
+
+def test_a_long_part_of_autoattack_says_that_it_runs(tmp, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, 'TELL', 0.2)
+    evaluate(*net(tmp), '--n', 8, '--eps', 1, '--attacks', 'square', '--no-audit', out=tmp_path / 'e.json')
+    assert capsys.readouterr().out.count('square: 0 of 1 batches after 0.0 minutes') > 1
+
+def dry_run(capsys, *argv):
+    """-> the lines on the screen, and the minutes that they name."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e:
+        run('evaluate.py', *argv, '--dry-run')
+    assert not e.value.code
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'weights: the whole file' not in line]
+    return lines, float(re.search(r'about ([\d.]+) minutes', lines[-1])[1])
+
+def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp, tmp_path, capsys):
+    weights = tmp_path / 'w.pt'
+    weights.write_bytes((tmp / 'plain.pt').read_bytes())
+    argv = [*net(tmp)[1:], *FLAGS, '--save-adv', tmp_path / 'adv.pt', '--figures']
+    lines, all_of_it = dry_run(capsys, weights, *argv, '--attacks', 'pgd', 'autoattack')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['w.pt'] and len(lines) <= 7
+    text = '\n'.join(lines)
+    for said in (str(weights), 'nets.py:plain', 'synthetic, the first 30 of 256', 'Linf eps 2.5/255',
+                 'steps of 0.625/255', 'batches of 12', 'masking audit, pgd-5, autoattack',
+                 f'report: {tmp_path}/w.eval-Linf-2.5-n30-pgd+autoattack.json', 'Nothing was written'):
+        assert said in text, text
+    assert dry_run(capsys, weights, *argv, '--attacks', 'pgd', '--no-audit')[1] < all_of_it
+
+def test_the_estimate_adds_up(monkeypatch):
+    """Of 600 images 300 are right and 60 withstand; a gradient takes 0.1 s, an answer 0.01 s."""
+    args = argparse.Namespace(n=600, attacks=['clean', 'pgd', 'autoattack'], steps=20, restarts=2, individual=False,
+                              sweep_eps=[4.0], sweep_steps=[50], shard='0/1')
+    monkeypatch.setattr(estimate, 'measured', lambda *batch: (60, 0.1, 0.01, 0.5, 0.1))
+    says = estimate.estimate(args, False, None, None, [0], [0])[1]
+    aa = 300 * (101 * 0.1 + 10 * 0.01) / 60 + 60 * (1809 * 0.1 + 5968 * 0.01) / 60
+    shown = f'clean 0.1, pgd 20.0, autoattack {aa:.1f}, eps 4 10.0, pgd-50 25.0'
+    assert shown in says and f'about {1 + 0.1 + 20 + aa + 10 + 25:.1f} minutes' in says
+
+def test_the_estimate_knows_what_autoattack_costs(tmp):
+    """Gradients and answers per image that no part breaks, counted."""
+    d = data.load('synthetic')
+    x, y = data.to_float(d.x_test[:2]), d.y_test[:2]
+    counts = dict(gradient=0, answer=0)
+
+    def counted(x):
+        counts['gradient' if x.requires_grad and torch.is_grad_enabled() else 'answer'] += len(x)
+        return logits(tmp, x)
+
+    for part, costs in estimate.PART_COSTS.items():
+        counts.update(gradient=0, answer=0)
+        autoattack.one_part(part, counted, x, y, eps=0.1 / 255)
+        assert (counts['gradient'] / 2, counts['answer'] / 2) == pytest.approx(costs, rel=0.1, abs=1), part
+
+def test_a_batch_larger_than_the_data_is_said(tmp, tmp_path):
+    flags = '--n 6 --eps 2.5 --attacks fgsm --no-audit'.split()
+    r = evaluate(*net(tmp), *flags, '--batch-size', 50, out=tmp_path / 'a.json')[1]
+    assert '--batch-size 50, and 6 images: they are one batch' in r['notes']
+    r = evaluate(*net(tmp), *flags, out=tmp_path / 'b.json')[1]
+    assert not any('--batch-size' in note for note in r['notes'])
+
+def test_notes_name_only_attacks_that_ran(tmp, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda model: model)
+    monkeypatch.setattr(models, 'autocast_dtype', lambda amp, device: torch.bfloat16)
+    flags = '--n 6 --eps 2.5 --no-audit --fast'.split()
+    pgd = evaluate(*net(tmp), *flags, '--attacks', 'pgd', out=tmp_path / 'a.json')[1]
+    assert not re.search('FAB|Square|AutoAttack|bfloat16', ' '.join([pgd['search'], *pgd['notes']]))
+    two = evaluate(*net(tmp), *flags, '--attacks', 'aa-fast', out=tmp_path / 'b.json')[1]
+    assert not re.search('FAB|Square', ' '.join(two['notes'])) and 'AutoAttack in bfloat16' in two['search']
+    trained = dict(norm='Linf', eps=8.0)
+    first = dict(logits='torch.float32', weights=['torch.float32'], tf32=False, batch_dependence=0, change=0,
+                 zero_gradient=0, no_gradient=0, logit_norm=1, margin=1, confidence=1)
+    for rows, raised in (['clean'], False), (['clean', 'pgd-5'], True), (['clean', 'strong'], False):
+        results = {name: dict(accuracy=50.0) for name in rows}
+        flag = summary.flags(first, results, {}, [], trained, dict(norm='Linf', eps=2.5), None, 6)['threat_model']
+        assert flag['raised'] is raised and ('attacked with' in flag['text']) is raised
 
 def test_figures_are_drawn_of_the_finished_report(tmp, tmp_path, monkeypatch):
     figures, drawn = pytest.importorskip('tools.figures'), []

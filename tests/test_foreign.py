@@ -419,7 +419,7 @@ def test_code_that_a_file_names_runs_only_if_the_user_names_it(hostile):
 @pytest.mark.parametrize('script, flags, flag', [
     ('evaluate.py', '{w} --model resnet18', '--model'), ('evaluate.py', '{ok} --transfer-from {w}', '--transfer-model'),
     ('train_adv.py', '--loss logit_mse --teacher {w}', '--teacher-model'),
-    ('train_adv.py', '--loss pgd_at --warm-start {w}', '--model'), ('support/audit.py', '{w}', '--model')])
+    ('train_adv.py', '--loss pgd_at --warm-start {w}', '--model'), ('tools/audit.py', '{w}', '--model')])
 def test_nor_does_any_other_way_to_a_file(script, flags, flag, hostile, net, tmp_path, capsys):
     with contextlib.suppress(FileNotFoundError):
         os.remove(hostile / 'ran')

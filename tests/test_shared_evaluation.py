@@ -76,7 +76,7 @@ def test_a_shard_says_what_it_waits_for_and_gives_up(tmp_path, monkeypatch, caps
     monkeypatch.setattr(shards, 'GIVE_UP', 1.5)
     saved, t0 = shards.Saved(str(tmp_path / 's'), {}, (0, 2)), time.monotonic()
     with pytest.raises(Refused, match='pgd-1 of another shard is missing'):
-        saved.read('pgd-1')
+        saved.wait('pgd-1')
     assert 1.4 < time.monotonic() - t0 < 10
     assert 'waiting for pgd-1, which another shard of 2 computes' in capsys.readouterr().out
 
@@ -136,7 +136,7 @@ def test_transfer_from_another_architecture_and_trades_step(model, tmp_path, cap
 
 def test_the_audit_alone(model):
     def audit(*argv):
-        return subprocess.run([sys.executable, '-m', 'support.audit', *map(str, argv)], cwd=HERE, capture_output=True,
+        return subprocess.run([sys.executable, '-m', 'tools.audit', *map(str, argv)], cwd=HERE, capture_output=True,
                               text=True)
     from support.audit import NAMES
     done = audit(model, '--n', 40)
