@@ -172,6 +172,8 @@ if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [
         f and torch.compile(f, dynamic=False) for f in (student, guide, teacher, standard_teacher)]
+folds = args.compile and args.attack_bn == 'eval' and models.folding_pays(student, dtype, device)
+attacked_net = models.Folded(student) if folds else net         # BN within the convolutions of the attack
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -207,20 +209,19 @@ def craft(x, y):
     if args.free:               # no PGD: the last update's gradient has moved delta
         return (x + delta.clamp(-eps, eps)).clamp(0, 1).requires_grad_()
 
-    # what does not depend on x_adv is computed once per attack
-    fixed = {}
+    fixed = {}                  # what does not depend on x_adv is computed once per attack
     with attack_mode(student, bn=args.attack_bn), bn_branch(student, 'main'), torch.no_grad():
         if 'y' in inner_inputs:
             fixed['y'] = y
         if 'logits' in inner_inputs:
-            fixed['logits'] = logits_of(net, x)
+            fixed['logits'] = logits_of(attacked_net, x)
         if 't_logits' in inner_inputs:
             fixed['t_logits'] = logits_of(teacher_net, x)
 
     def objective(x_adv):
         inputs = dict(fixed)
         if 'logits_adv' in inner_inputs:
-            inputs['logits_adv'] = logits_of(net, x_adv)
+            inputs['logits_adv'] = logits_of(attacked_net, x_adv)
         if 't_logits_adv' in inner_inputs:
             inputs['t_logits_adv'] = logits_of(teacher_net, x_adv)
         return method.inner(**inputs)
@@ -276,7 +277,6 @@ def awp(x, x_adv, y):
         return contextlib.nullcontext()
     def objective():
         return scaler.scale(loss_on(x, x_adv.detach(), y, moves_bn=False).mean())
-
     return weights_perturbed(student, objective, gamma=args.awp, average=ddp.average)
 
 def update(x, y):

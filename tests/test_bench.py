@@ -10,6 +10,7 @@ import torch
 
 import losses
 import models
+from support import checkpoint
 from test_smoke import HERE, TINY, X, Y, run
 from tools import scaling, steps
 from tools.steps import Tricks
@@ -57,7 +58,7 @@ def test_a_trick_that_fails_is_a_line_and_not_the_end(monkeypatch, capsys):
     monkeypatch.setattr(steps, 'plain', lambda setting: (None, None, fine))
     monkeypatch.setattr(steps, 'evaluation', lambda setting, tricks: fine)
     script = run('tools/bench.py', '--loss', 'trades', *SMALL, '--seconds', 0.001, '--add', 'fused')
-    assert 'fast + fused' not in script['rows'] and 'fast' in script['rows']
+    assert 'fast + fused' not in script['found']['rows'] and 'fast' in script['found']['rows']
     assert f'{"fast + fused":<28} FAILED: RuntimeError: no such kernel\n' in capsys.readouterr().out
 
 def test_tricks_are_each_alone_and_each_left_out(monkeypatch):
@@ -169,3 +170,37 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
         run('tools/bench.py', *flags.split())
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.count('\n') == 1 and message in err and not out
+
+def test_the_rule_of_folding():
+    cpu, bf16 = torch.device('cpu'), torch.bfloat16
+    assert models.folding_pays(models.build('resnet18', 10, width=4), bf16, cpu)
+    assert not models.folding_pays(models.build('resnet18', 10, width=4), None, cpu)
+    assert not models.folding_pays(models.build('resnet18', 10, width=4), bf16, torch.device('cuda'))
+    for name, dual_bn in (('resnet18', True), ('preactresnet18', False), ('wrn-10-1', False)):
+        assert not models.folding_pays(models.build(name, 10, width=4, dual_bn=dual_bn), bf16, cpu)
+
+def test_train_adv_attacks_the_folded_network_as_it_is_now(tmp_path, monkeypatch):
+    """The rule made to say yes, and without the minute that compiling takes."""
+    monkeypatch.setattr(models, 'folding_pays', lambda *args: True)
+    monkeypatch.setattr(torch, 'compile', lambda net, **options: net)
+    train = run('train_adv.py', '--loss', 'logit_mse', *TINY[:2], '--width', 8, '--subset', 32, '--batch-size', 16,
+                '--epochs', 2, '--steps', 3, '--init', 'uniform', '--amp', 'off', '--compile', '--out', tmp_path,
+                '--teacher', made(tmp_path / 'teacher.pt'))
+    live = train['craft'].__globals__
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in live['attacked_net'].copy.modules())
+    live['scheduler'] = torch.optim.lr_scheduler.ConstantLR(live['optimizer'], factor=1.0)
+    for lr in 0.0, 0.1:                             # before an update that moves the weights, and after it
+        live['optimizer'].param_groups[0]['lr'] = lr
+        live['student'].train()
+        live['update'](X, Y)
+        torch.manual_seed(3)
+        x_adv = live['craft'](X, Y)
+        folded, live['attacked_net'] = live['attacked_net'], live['student']
+        torch.manual_seed(3)
+        assert ((live['craft'](X, Y) - x_adv).abs() > 1e-6).float().mean() < 0.01
+        live['attacked_net'] = folded
+
+def made(path):
+    torch.manual_seed(1)
+    checkpoint.save_checkpoint(path, models.build('resnet18', 10, width=8), dataset='synthetic')
+    return path

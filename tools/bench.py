@@ -56,7 +56,7 @@ arg('--tricks', action='store_true', help='also each trick alone, each left out 
 arg('--add', nargs='+', default=[], choices=Tricks._fields, metavar='TRICK', help='also fast with all of these')
 arg('--authors', metavar='PY', help="trades.py of the TRADES repository: also its trades_loss, in its own loop")
 arg('--profile', action='store_true', help='at the end, where the time of a fast step goes')
-arg('--json', metavar='FILE', help='the table, every round of it; written anew after each round')
+arg('--json', metavar='FILE', help='the table, every round of it; written anew after each row')
 arg('--scaling', action='store_true', help='of train_adv.py --loss trades; a figure is drawn beside --json')
 arg('--batch-sizes', type=int, nargs='+', default=[16, 32, 64, 128, 256], help='of --scaling; so too:')
 arg('--widths', type=int, nargs='+', default=[8, 16, 32])
@@ -220,8 +220,33 @@ def warm_up(name):
 
 config = dict(vars(args), fast=fast._asdict(), **environment(device))
 print(json.dumps(config), flush=True)
-memory, failed = {}, {}
-for name in list(rows):
+
+# -----------------------------------------------------------------------------
+# the table
+rates, memory, failed = {name: [] for name in rows}, {}, {}
+
+def ratio(name, other):
+    """Median of the ratios within a round; NaN if one of the two failed, or is still to come."""
+    if not (rates[name] and rates[other]):
+        return float('nan')
+    return statistics.median(a / b for a, b in zip(rates[name], rates[other]))
+
+def report():
+    table = {}
+    for name, row in rows.items():
+        if not rates[name]:
+            continue
+        rate = statistics.median(rates[name])
+        table[name] = dict(tricks=[trick for trick, on in row.tricks._asdict().items() if on], images_per_s=rate,
+                           ratio=ratio(name, row.against or name), rounds=rates[name],
+                           mflop_per_image=row.flops / 1e6, gflop_per_s=rate * row.flops / 1e9,
+                           share_of_peak=ratio(name, row.peak) * row.flops / rows[row.peak].flops, **memory[name])
+    return dict(config, ratio=ratio('fast', 'plain'),
+                evaluation_ratio=ratio('evaluation, compiled', 'evaluation, plain'),
+                peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, rows=table, failed=failed)
+
+def ready(name):
+    """Warms it up. -> did it work?"""
     t0 = time.perf_counter()
     try:
         memory[name] = warm_up(name)
@@ -230,37 +255,18 @@ for name in list(rows):
             raise
         traceback.print_exc()
         failed[name] = f'{type(e).__name__}: {e}'.splitlines()[0][:200]
-        del rows[name]
         print(f'{name:<28} FAILED: {failed[name]}', flush=True)
-        continue
+        return False
     print(f'{name:<28} ready after {time.perf_counter() - t0:6.1f} s', flush=True)
-
-# -----------------------------------------------------------------------------
-# the table
-rates = {name: [] for name in rows}
-
-def ratio(name, other):
-    """Median of the ratios within a round; NaN if one of the two failed."""
-    if name in failed or other in failed:
-        return float('nan')
-    return statistics.median(a / b for a, b in zip(rates[name], rates[other]))
-
-def report():
-    table = {}
-    for name, row in rows.items():
-        rate = statistics.median(rates[name])
-        table[name] = dict(tricks=[trick for trick, on in row.tricks._asdict().items() if on], images_per_s=rate,
-                           ratio=ratio(name, row.against or name), rounds=rates[name],
-                           mflop_per_image=row.flops / 1e6, gflop_per_s=rate * row.flops / 1e9,
-                           share_of_peak=ratio(name, row.peak) * row.flops / rows[row.peak].flops, **memory[name])
-    return dict(config, ratio=ratio('fast', 'plain'),
-                evaluation_ratio=ratio('evaluation, compiled', 'evaluation, plain'), peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, rows=table, failed=failed)
+    return True
 
 for k in range(ROUNDS):
-    for name in list(rows)[::1 if k % 2 else -1]:
+    for name in list(rows)[::-1 if k % 2 else 1]:
+        if name in failed or k == 0 and not ready(name):
+            continue
         rates[name].append(turn(name, args.seconds / ROUNDS))
         print(f'{name:<28} round {k + 1} of {ROUNDS}: {rates[name][-1]:10.1f} images/s', flush=True)
-    write(report())
+        write(report())
 
 found = report()
 print(f'{"":<28}{"images/s":>10}{"ratio":>8}{"MFLOP/image":>13}{"GFLOP/s":>10}{"of peak":>9}')

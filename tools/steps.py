@@ -53,8 +53,11 @@ class Setting(NamedTuple):
 
 def of_train_adv(s):
     """What train_adv.py --compile does."""
+    with torch.device('meta'):
+        net = models.build(num_classes=10, **s.network)
     return Tricks(loader=True, once=True, frozen=True, compile_attack=True, compile_update=True,
-                  amp=s.dtype is not None, channels_last=models.layout(s.device) is torch.channels_last)
+                  amp=s.dtype is not None, channels_last=models.layout(s.device) is torch.channels_last,
+                  folded=models.folding_pays(net, s.dtype, s.device))
 
 def layout(tricks):
     return torch.channels_last if tricks.channels_last else torch.contiguous_format
