@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 import attacks
 import data
 from support import checkpoint
-from support.evaluation import wilson
+from support.summary import wilson
 
 def ours(net, x, y, settings):
     objective = lambda x_adv: F.cross_entropy(net(x_adv), y, reduction='none')

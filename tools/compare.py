@@ -21,7 +21,7 @@ import re
 from support import refusals
 from support.files import Refused, atomic, plain_output, say
 from support.refusals import refuse
-from support.evaluation import wilson
+from support.summary import wilson
 from tools import reading
 
 # what makes the number, beside the weights: of the report itself, and of its entry 'evaluated'

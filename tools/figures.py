@@ -26,7 +26,7 @@ from attacks import attack_mode, pgd
 from support import drawing, refusals
 from support.drawing import STYLE
 from support.files import Refused, plain_output, say
-from support.evaluation import wilson
+from support.summary import wilson
 from tools import reading
 
 # of other datasets: numbers
@@ -170,6 +170,7 @@ if __name__ == '__main__':
     parser.add_argument('--per-class', type=int, default=300, help='images of t-SNE, at most')
     parser.add_argument('--out', metavar='DIR', help='default: beside the first report')
     args = parser.parse_args()
+
     torch.backends.cudnn.allow_tf32 = False
     if args.per_class < 1 or args.n is not None and args.n < 1:
         parser.error(f'--n {args.n} --per-class {args.per_class}: at least 1')
