@@ -3,18 +3,19 @@ evaluate.py's AutoAttack is the authors': the same verdict for every image as on
 
 $ python tests/test_autoattack.py REPORT.json data          # evaluate.py's AutoAttack again, by one call
 """
-import json, sys, time
+import importlib.metadata, json, os, subprocess, sys, time
 
+import pytest
 import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack
 
-import attacks, data
+import attacks, data, models
 from support import checkpoint
 from tools.reading import load_network
 from support.imagenet import in_memory
 from models import bn_branch
-from test_smoke import run
+from test_smoke import HERE, run
 
 def test_image_by_image(tmp_path):
     run('train_adv.py', '--loss', 'pgd_at', '--dataset', 'synthetic', '--width', '4', '--steps', '2',
@@ -34,6 +35,66 @@ def test_image_by_image(tmp_path):
     assert torch.equal(model(x_adv).argmax(1) == y, script['worst'])
     results = script['results']
     assert results['autoattack (worst case)']['correct'] < results['clean']['correct']
+
+# -----------------------------------------------------------------------------
+# packages of those names, as they are where the authors' are installed
+
+AUTOATTACK = """
+class Part:
+    n_target_classes = 9
+
+class AutoAttack:
+    def __init__(self, model, norm='Linf', eps=.3, seed=None, version='standard', device='cpu'):
+        self.model, self.apgd_targeted, self.fab = model, Part(), Part()
+
+    def run_standard_evaluation(self, x, y, bs=250, batch_size=None):
+        print('the stand-in attacks', *self.attacks_to_run)
+        return x, self.model(x).argmax(1)
+"""
+
+def stand_in(folder, name, files, version=None):
+    """A package in folder, as pip would have left it there."""
+    for path, text in files.items():
+        path = folder / name / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if version:
+        info = folder / f'{name}-{version}.dist-info'
+        info.mkdir()
+        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+
+@pytest.fixture
+def python(tmp_path):
+    """Runs python in the root of the repository with tmp_path / 'site' on its path -> what it printed."""
+    def python(*argv, site=tmp_path / 'site'):
+        done = subprocess.run([sys.executable, *map(str, argv)], cwd=HERE, text=True, capture_output=True,
+                              env=dict(os.environ, PYTHONPATH=str(site)))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return python
+
+def test_no_file_of_ours_shadows_a_package(tmp_path, python):
+    """From the root, which Python puts in front of everything installed."""
+    stand_in(tmp_path / 'site', 'autoattack', {'__init__.py': AUTOATTACK})
+    stand_in(tmp_path / 'site', 'robustbench', {'__init__.py': '', 'eval.py': 'benchmark = 7'})
+    found = python('-c', 'from robustbench.eval import benchmark; from autoattack import AutoAttack; import sys; '
+                   'print(benchmark, sys.modules["autoattack"].__file__, sys.modules["robustbench"].__file__)')
+    assert found.split() == ['7', f'{tmp_path}/site/autoattack/__init__.py', f'{tmp_path}/site/robustbench/__init__.py']
+
+@pytest.mark.parametrize('installed, version', [(None, None), ('0.1.standin', '0.1.standin'), ('', 'unknown')])
+def test_autoattack_is_taken_before_pyautoattack_and_named(installed, version, tmp_path, python):
+    torch.manual_seed(0)
+    checkpoint.save_checkpoint(tmp_path / 'm.pt', models.build('resnet18', 10, width=4), dataset='synthetic',
+                               run=dict(dataset='synthetic', eps=8.0))
+    if installed is not None:
+        stand_in(tmp_path / 'site', 'autoattack', {'__init__.py': AUTOATTACK}, installed)
+    said = python('evaluate.py', tmp_path / 'm.pt', '--n', 12, '--attacks', 'apgd-ce', '--no-audit', '--eps', 1)
+    report = json.loads(next(tmp_path.glob('*.json')).read_text())
+    name = 'pyautoattack' if installed is None else 'autoattack'
+    assert ('the stand-in attacks apgd-ce' in said) is (name == 'autoattack')
+    assert report[name] == report['evaluated'][name] == (version or importlib.metadata.version('pyautoattack'))
+    assert ({'autoattack', 'pyautoattack'} & set(report)) == {name}
 
 def by_one_call(report, folder):
     """-> n booleans, what evaluate.py says and what pyautoattack says; the seconds that each took."""
