@@ -112,6 +112,12 @@ def test_both_steps_once_and_without_the_test_set(tmp_path):
     assert json.loads((tmp_path / 'r/t.json').read_text()) == found
     assert (tmp_path / 'r/t.md').read_text() == text
 
+    # without a threshold: that of its teacher, less what distillation may cost
+    search = search.replace('--threshold 10', '').replace('1 5', '5').replace('r/t.json', 'r/u.json')
+    start(tmp_path, ['-m', 'tools.temperature'], search)
+    stored = torch.load(tmp_path / 'runs/t/best.pt', weights_only=True)['val_clean']
+    assert json.loads((tmp_path / 'r/u.json').read_text())['threshold'] == pytest.approx(stored - temperature.DROP)
+
 def test_what_does_not_go_together(capsys):
     for argv, message in ((['--grid', '0.5'], 'at least 1'),
                           (['--loss', 'trades'], '--loss is set by this tool'),

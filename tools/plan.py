@@ -167,7 +167,8 @@ def text_of(path):
 
 def log_of(folder):
     """The configuration and the epochs in its log, {} and [] without one."""
-    rows = [json.loads(line) for line in text_of(f'{folder}/log.jsonl').splitlines()]
+    whole = text_of(f'{folder}/log.jsonl').split('\n')[:-1]        # a run at work may be writing the last line
+    rows = [json.loads(line) for line in whole]
     return (rows[0], rows[1:]) if rows else ({}, [])
 
 def is_trained(place, job):

@@ -146,9 +146,10 @@ class Search:
         return self.step1[tau]
 
     def teacher_accuracy(self, tau):
-        """On the hold-out, as its own training stored it."""
+        """On the hold-out, as its own training stored it, or else as ours found it."""
         config, _ = log_of(trained(self.place, job_of(self.flags, tau, clean_only=True)))
-        return config['teachers']['teacher']['stored_clean']
+        teacher = config['teachers']['teacher']
+        return teacher['val_clean'] if teacher['stored_clean'] is None else teacher['stored_clean']
 
     def hold_out(self, args):
         """Images and labels; of the dataset nothing else is looked at. args: of train_adv.py."""
