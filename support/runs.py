@@ -293,6 +293,9 @@ class Run:
             if 'DataLoader worker' in str(e):
                 sys.exit(f'{e}. A process that decodes images has died: too little memory, or shared memory '
                          f'(/dev/shm; docker run --shm-size)? Stopped {self.at}; {intact}')
+            if 'file too short' in str(e):
+                sys.exit(f"a compilation that was killed has left half a file in PyTorch's cache: delete "
+                         f'{torch._inductor.runtime.cache_dir_utils.cache_dir()} and start again')
             signs = 'out of memory', "can't allocate memory", 'alloc_failed'    # PyTorch's, oneDNN's, cuDNN's
             if not any(sign in str(e).lower() for sign in signs):
                 raise

@@ -163,8 +163,8 @@ if dtype:
 if cuda:
     product('evaluation, product', torch.float32)
 training('plain', nothing, steps.plain(setting)[2])
-training('fast', fast)
 needed = list(rows)                                 # of these none may fail
+training('fast', fast)
 if args.authors:
     training("TRADES' authors", nothing, steps.authors(setting, args.authors)[2])
 if args.tricks:
@@ -260,13 +260,16 @@ def ready(name):
     print(f'{name:<28} ready after {time.perf_counter() - t0:6.1f} s', flush=True)
     return True
 
-for k in range(ROUNDS):
-    for name in list(rows)[::-1 if k % 2 else 1]:
-        if name in failed or k == 0 and not ready(name):
-            continue
-        rates[name].append(turn(name, args.seconds / ROUNDS))
-        print(f'{name:<28} round {k + 1} of {ROUNDS}: {rates[name][-1]:10.1f} images/s', flush=True)
-        write(report())
+try:
+    for k in range(ROUNDS):
+        for name in list(rows)[::-1 if k % 2 else 1]:
+            if name in failed or k == 0 and not ready(name):
+                continue
+            rates[name].append(turn(name, args.seconds / ROUNDS))
+            print(f'{name:<28} round {k + 1} of {ROUNDS}: {rates[name][-1]:10.1f} images/s', flush=True)
+            write(report())
+except KeyboardInterrupt:
+    sys.exit(f'\nstopped; {args.json or "nothing"} holds the rows above')
 
 found = report()
 print(f'{"":<28}{"images/s":>10}{"ratio":>8}{"MFLOP/image":>13}{"GFLOP/s":>10}{"of peak":>9}')
@@ -278,7 +281,7 @@ for name, text in failed.items():
 print(f'fast is {found["ratio"]:.2f} times plain, evaluation {found["evaluation_ratio"]:.2f} times; '
       f'{found["peak_rss_mib"]:.0f} MiB of memory, all rows in one process')
 
-if args.profile:
+if args.profile and 'fast' not in failed:
     kinds, seconds, launches = steps.profile(rows['fast'].work, next(on_device), device)
     busy = sum(kinds.values())
     print(f'one fast step: {1000 * seconds:.1f} ms under the profiler, {launches} '
@@ -287,3 +290,4 @@ if args.profile:
         print(f'  {100 * spent / seconds:5.1f} %  {name[:90]}')
     found.update(profile=dict(seconds=seconds, launches=launches, busy_seconds=busy, kinds=kinds))
 write(found)
+sys.exit(1 if 'fast' in failed else 0)
