@@ -230,8 +230,9 @@ NAMES = ('resnet18 resnet34 resnet50 preactresnet18 preactresnet18-fast wrn-DEPT
 def build(name, num_classes, *, width=None, mean=None, std=None, activation='relu', dual_bn=False,
           channels=3):
     """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: a float per
-    channel, in units of [0, 1]; None for no normalisation. activation: see ACTIVATIONS. dual_bn: every BN has an
-    auxiliary twin, see bn_branch. channels: of the images, 1 for grey. Raises ValueError for an unknown name."""
+    channel, in units of [0, 1]; None for no normalisation. activation: see ACTIVATIONS. dual_bn: every BN has
+    an auxiliary twin, see bn_branch. channels: of the images, 1 for grey. Raises ValueError for an unknown
+    name."""
     if width is not None and width < 1:
         raise ValueError(f'width {width}: the first layer needs at least one channel')
     net = _network(name, num_classes, Normalize(mean, std) if mean else None,
@@ -314,22 +315,24 @@ def folded(net):
     return net
 
 class Folded:
-    """net in eval mode, compiled, and folded; folded anew where net's weights have changed since the last call."""
+    """net in eval mode, folded and compiled; folded anew where its weights or statistics have changed
+    since."""
     def __init__(self, net):
         self.net, self.copy, self.versions = net, folded(net), None
         self.compiled = torch.compile(self.copy, dynamic=False)
 
     def __call__(self, x):
-        versions = [w._version for w in self.net.parameters()]      # PyTorch counts what is done in place
+        # PyTorch counts what is done in place
+        versions = [t._version for t in [*self.net.parameters(), *self.net.buffers()]]
         if versions != self.versions:
             self.copy.load_state_dict(folded(self.net).state_dict())
             self.versions = versions
         return self.compiled(x)
 
 def folding_pays(net, dtype, device):
-    """Is an attack on Folded(net) faster? On a CPU that computes in bf16 by 11 to 18 % (ResNet-18 of width 16), in fp32 by
-    nothing beyond noise; no GPU has been asked. tools/bench.py --add folded measures it. Only where every BN is one, and
-    behind a convolution."""
+    """Is an attack on Folded(net) faster? On a CPU that computes in bf16 by 11 to 18 % (ResNet-18 of width
+    16), in fp32 by nothing beyond noise; no GPU has been asked. tools/bench.py --add folded measures it. Only
+    where every BN is one, and behind a convolution."""
     kinds = {type(m) for m in net.modules()}
     return (device.type == 'cpu' and dtype is torch.bfloat16 and isinstance(net, (ResNet, MobileNetV2))
             and not kinds & {PreActBlock, PreActBlockOfX, DualBatchNorm2d})
@@ -351,8 +354,8 @@ def autocast_dtype(amp, device):
     return {'bf16': torch.bfloat16, 'fp16': torch.float16, 'off': None}[amp]
 
 def precision(amp, device):
-    """-> autocast_dtype(amp, device), for a training. Where it is None, convolutions and matrix products are fp32 without
-    TF32."""
+    """-> autocast_dtype(amp, device), for a training. Where it is None, convolutions and matrix products are
+    fp32 without TF32."""
     dtype = autocast_dtype(amp, device)
     if dtype is torch.float16:      # GradScaler skips steps that overflow, often the first; the schedule goes on
         warnings.filterwarnings('ignore', r'Detected call of `lr_scheduler.step')
