@@ -352,6 +352,17 @@ def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
     assert all(p.grad is None for p in script['student'].parameters())
     assert script['student'].conv1.weight.requires_grad
 
+@pytest.mark.parametrize('amp', ['bf16', 'fp16'] if torch.cuda.is_available() else ['bf16'])
+def test_a_training_in_mixed_precision(amp, teacher, tmp_path):
+    """On a GPU where there is one. More: tests/test_fp16.py on a CPU, tests/test_cuda.py on a GPU."""
+    script = run('train_adv.py', '--loss', 'logit_mse', '--teacher', teacher, *TINY, '--epochs', 1, '--steps', 2,
+                 '--amp', amp, '--out', tmp_path)
+    log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
+    assert log[0]['precision'] == {'bf16': 'torch.bfloat16', 'fp16': 'torch.float16'}[amp] and math.isfinite(log[1]['loss'])
+    net, _ = checkpoint.load_checkpoint(tmp_path / 'last.pt')
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in net.parameters())
+    assert script['student'].conv1.weight.is_cuda == torch.cuda.is_available()
+
 def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys):
     run('evaluate.py', teacher, '--n', 40, '--eps', 64, '--attacks', 'fgsm', 'pgd', 'cw',
         '--out', tmp_path / 'e.json')
