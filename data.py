@@ -187,6 +187,8 @@ def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, de
             train = train[drawn.to(device)]
         train = train[:subset]
     classes = classes or int(y_train.max()) + 1
+    if classes < 2:
+        raise Refused(f'--dataset {name}: all its images are of one class, there is nothing to tell apart')
     return Dataset(name, classes, augment or defaults['augment'], x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
 
@@ -264,7 +266,11 @@ def to_float(x):
     """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last,
     and the transpose is free."""
     x = x.permute(0, 3, 1, 2).float() / 255
-    return x if x.is_cuda else x.contiguous()
+    if x.is_cuda:
+        return x
+    # of one channel both layouts are the same numbers in the same order, and contiguous() would leave strides that
+    # mean channels_last, in which oneDNN crashes below 8 channels
+    return x.clone(memory_format=torch.contiguous_format)
 
 def augmented(x, augment, generator, padding=4):
     """

@@ -7,7 +7,7 @@ import torch
 
 import data, models
 from support import checkpoint
-from test_smoke import X, net
+from test_smoke import X, net, run
 
 def test_crop_and_flip_equal_loops():
     x = torch.randint(256, (16, 32, 32, 3), dtype=torch.uint8)
@@ -51,6 +51,80 @@ def test_batches_are_seeded_and_in_range():
     x = epochs[0][0][0]
     assert x.dtype == torch.float32 and 0 <= x.min() and x.max() <= 1
     assert sum(len(y) for _, y in data.batches(d.x_val, d.y_val, 50)) == len(d.y_val)
+
+# -----------------------------------------------------------------------------
+# grey images, few classes and many, sorted files
+
+def mine(folder, name='mine', x=lambda x: x, y=lambda y: y):
+    """synthetic, its images and labels changed, as folder/name.npz -> the flags that name it."""
+    x_train, y_train, x_test, y_test = data.synthetic()
+    np.savez(folder / f'{name}.npz', x_train=x(x_train), y_train=y(y_train), x_test=x(x_test), y_test=y(y_test))
+    return ['--dataset', name, '--data-dir', folder]
+
+SHORT = '--loss dkl --width 4 --subset 64 --batch-size 32 --epochs 1 --steps 1'.split()
+ATTACKS = '--n 20 --attacks pgd cw --steps 2 --no-audit'.split()
+
+def test_grey_images_with_and_without_a_channel(tmp_path):
+    weights = []
+    for name, grey in (('hw', lambda x: x[..., 0]), ('hw1', lambda x: x[..., :1])):
+        run('train_adv.py', *SHORT, *mine(tmp_path, name, grey), '--out', tmp_path / name)
+        script = run('evaluate.py', tmp_path / name / 'best.pt', *ATTACKS)
+        assert script['x_test'].shape == (20, 1, 32, 32) and script['results']['cw-2']['n'] == 20
+        weights.append(checkpoint.fingerprint(script['model']))
+    assert weights[0] == weights[1]
+
+def test_grey_batches_have_the_strides_of_any_other():
+    """Of one channel channels_last is the same memory: oneDNN would take it for that, and crash below 8 channels."""
+    x = data.to_float(torch.zeros(5, 8, 6, 1, dtype=torch.uint8))
+    assert x.stride() == (48, 48, 6, 1) and data.to_float(torch.zeros(5, 8, 6, 3, dtype=torch.uint8)).is_contiguous()
+
+@pytest.mark.parametrize('classes', [2, 3, 100, 1000])
+def test_any_number_of_classes_trains_and_is_attacked(classes, tmp_path, capsys):
+    flags = mine(tmp_path, y=lambda y: np.concatenate([np.arange(len(y) - 1) % classes, [classes - 1]]))
+    run('train_adv.py', *SHORT, *flags, '--out', tmp_path)
+    r = run('evaluate.py', tmp_path / 'best.pt', *ATTACKS)['results']['pgd-2']
+    assert len(r['per_class']) == min(classes, 20) and (r['confusion'] is None) == (classes == 1000)
+    capsys.readouterr()
+    if classes < 4:                             # AutoAttack's targeted loss does not exist there
+        with pytest.raises(SystemExit):
+            run('evaluate.py', tmp_path / 'best.pt', '--n', 20)
+        err = capsys.readouterr().err
+        assert 'AutoAttack needs four classes' in err and err.count('\n') == 1
+
+@pytest.mark.parametrize('script', ['train_adv.py', 'train_teacher.py'])
+def test_one_class_is_refused(script, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(script, *mine(tmp_path, y=lambda y: 0 * y), '--width', 4, '--out', tmp_path / 'm')
+    err = capsys.readouterr().err
+    assert 'of one class' in err and err.count('\n') == 1
+
+def test_a_class_without_test_images(tmp_path, net):
+    x_train, y_train, x_test, y_test = data.synthetic()
+    kept = y_test != 3
+    np.savez(tmp_path / 'mine.npz', x_train=x_train, y_train=y_train, x_test=x_test[kept], y_test=y_test[kept])
+    checkpoint.save_checkpoint(tmp_path / 'm.pt', net, dataset='mine')
+    script = run('evaluate.py', tmp_path / 'm.pt', '--dataset', 'mine', '--data-dir', tmp_path, '--attacks', 'clean')
+    r = script['results']['clean']
+    assert sorted(r['per_class']) == [0, 1, 2, 4, 5, 6, 7, 8, 9] and sum(r['confusion'][3]) == 0
+    right = sum(r['confusion'][c][c] for c in range(10))
+    assert r['correct'] == right and r['class_mean'] == pytest.approx(sum(r['per_class'].values()) / 9)
+    note, = [note for note in script['notes'] if 'hold 9 of 10 classes' in note]
+    assert '--draw' not in note                 # they are all the test images there are
+
+def test_a_sorted_file_is_said_and_drawn_from(tmp_path, capsys):
+    x, y, u, v = data.synthetic()
+    order = y.argsort(kind='stable')
+    np.savez(tmp_path / 'mine.npz', x_train=x[order], y_train=y[order], x_test=u, y_test=v)
+    first, drawn, again, other = [data.load('mine', tmp_path, subset=100, subset_seed=seed) for seed in (None, 0, 0, 1)]
+    assert '2 of 10 classes (0 1)' in data.missing_classes(first) and '--subset-seed' in data.missing_classes(first)
+    assert data.missing_classes(drawn) is None
+    assert torch.equal(drawn.x_train, again.x_train) and not torch.equal(drawn.x_train, other.x_train)
+    run('train_adv.py', '--loss', 'standard', '--dataset', 'mine', '--data-dir', tmp_path, '--subset', 100, '--width', 4,
+        '--batch-size', 50, '--epochs', 1, '--out', tmp_path / 'm')
+    assert data.missing_classes(first) in capsys.readouterr().out
+
+# -----------------------------------------------------------------------------
+# networks and checkpoints
 
 @pytest.mark.parametrize('name, millions', [
     ('resnet18', 11.174), ('resnet34', 21.282), ('resnet50', 23.521), ('preactresnet18', 11.172),

@@ -23,8 +23,8 @@ import losses
 import models
 from support import autoattack
 from support import checkpoint
-from support import evaluation
 from support import files as files_of_ours
+from support import summary
 from support.files import Refused
 from support.foreign import Surroundings, from_file
 from test_smoke import HERE, run
@@ -179,7 +179,7 @@ def test_the_logits_are_found_in_what_a_network_returns(name, nets):
 def test_or_one_line_says_what_it_returns(name, nets):
     net, _ = of(nets, name)
     with pytest.raises(Refused, match='its output is') as e:
-        evaluation.inspect(net, X, torch.zeros(4, dtype=torch.int64), 10)
+        summary.inspect(net, X, torch.zeros(4, dtype=torch.int64), 10)
     assert '\n' not in str(e.value) and ('(B, 10)' in str(e.value) or 'without a tensor' in str(e.value))
 
 @pytest.mark.parametrize('spec, says', [

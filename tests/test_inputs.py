@@ -30,6 +30,13 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--dataset cifar11', "unknown dataset 'cifar11'"),
     ('train_adv.py', '--eps 0.031', '0.031 is 7.9/255, not 8/255; for 8/255 write --eps 8'),
     ('train_adv.py', '--eps 0.5', 'eps is in pixels'),
+    ('train_adv.py', '--norm L2 --eps 3', 'for 3 write --eps 765'),
+    ('train_adv.py', '--norm L2 --eps 0.5', 'for 0.5 write --eps 127.5'),
+    ('train_adv.py', '--eps 765', 'pixels, 0 to 255'),
+    ('train_adv.py', '--norm L2 --eps nan', 'positive number'),
+    ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --norm L2 --eps 1', 'for 1 write --eps 255'),
+    ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --norm L2 --sweep-eps 0.5', '--sweep-eps 0.5: eps is in pixels'),
+    ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --sweep-eps 300', '--sweep-eps 300: eps is in pixels'),
     ('train_adv.py', '--teacher {tmp}/none.pt', 'No such file'),
     ('train_adv.py', '--teacher {tmp}/html.pt', 'web page'),
     ('train_adv.py', '--teacher {tmp}/truncated.pt', 'not a PyTorch checkpoint, or is truncated'),
@@ -123,6 +130,44 @@ def test_bad_input_is_one_clear_line(script, argv, says, broken, tmp_path, capsy
     out = capsys.readouterr()
     assert e.value.code == 2 and says in out.err and out.err.count('\n') == 1 and len(out.err) < 400, out
     assert 'epoch' not in out.out           # before any work
+
+def test_radii_of_imagenet_in_l2(broken, tmp_path):
+    """3.0, of the range: 765 pixels."""
+    script = run('evaluate.py', broken / 'ten.pt', '--dataset', 'synthetic', '--norm', 'L2', '--eps', 765, '--sweep-eps', 510,
+                 '--steps', 2, '--n', 4, '--attacks', 'pgd', '--no-audit', '--out', tmp_path / 'e.json')
+    moved = {name: r['max_perturbation'] for name, r in script['results'].items()}
+    assert 255 < moved['pgd-2'] <= 765.1 and moved['pgd-2 at eps 510'] <= 510.1
+    script = run('train_adv.py', '--loss', 'pgd_at', *TINY, '--norm', 'L2', '--eps', 382.5, '--steps', 1, '--epochs', 1,
+                 '--out', tmp_path / 'm')
+    assert script['args'].step_size == 382.5 / 4
+
+def test_a_teacher_that_has_lost_its_accuracy_is_refused(tmp_path, capsys):
+    """Other labels, another order of classes, another normalisation: it classifies at random now."""
+    torch.manual_seed(0)
+    net = models.build('resnet18', 10, width=4)
+    for stored, refused in ((95.0, True), (12.0, False), (None, False)):
+        known = {} if stored is None else dict(val_clean=stored)
+        checkpoint.save_checkpoint(tmp_path / 't.pt', net, dataset='synthetic', **known)
+        flags = ['--loss', 'logit_mse', *TINY, '--teacher', tmp_path / 't.pt', '--epochs', 1, '--steps', 1]
+        capsys.readouterr()
+        if refused:
+            with pytest.raises(SystemExit) as e:
+                run('train_adv.py', *flags, '--out', tmp_path / f'{stored}')
+            err = capsys.readouterr().err
+            assert e.value.code == 2 and err.count('\n') == 1
+            assert 'had 95.0 % in its own training: other labels' in err and 't.pt' in err
+        else:
+            run('train_adv.py', *flags, '--out', tmp_path / f'{stored}')
+
+def test_a_teacher_that_gives_no_numbers_is_refused(tmp_path, capsys):
+    net = models.build('resnet18', 10, width=4)
+    torch.nn.init.constant_(net.linear.bias, float('nan'))
+    checkpoint.save_checkpoint(tmp_path / 't.pt', net, dataset='synthetic')
+    with pytest.raises(SystemExit) as e:
+        run('train_adv.py', *TINY, '--teacher', tmp_path / 't.pt', '--out', tmp_path / 'm')
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and err.count('\n') == 1
+    assert 'non-finite logits' in err and 'learning rate' not in err and not list(tmp_path.glob('m/*.pt'))
 
 BAD_NPZ = [
     (lambda a: a.pop('y_test'), 'has no array y_test'),
