@@ -148,6 +148,18 @@ def test_the_reports_of_small_are_still_the_tables():
     assert re.search(r'\| trades \| 35.4 ± 1.0 \(.*\| 22.5 ± 0.2 .* 20.8 ± 1.8 \(', text)
     assert 'python train_teacher.py --model resnet18 --width 8 --epochs 15 --out runs/small/teacher' in text
 
+def test_the_scatter_shows_ours_and_the_papers():
+    plan, rows, _ = parse('p3-figure4', '--scale', 'cpu')
+    result = dict(accuracy=50.0)
+    report = dict(results={column[1]: result for column in plan.table.columns.values()})
+    run = results.Measured({column[0]: report for column in plan.table.columns.values()}, [], 1.0)
+    figure = results.scatter(plan, {name: {0: run} if name == 'als' else {} for name in rows})
+    for axes in figure.axes:
+        full = [line for line in axes.lines if line.get_markerfacecolor() != 'none']
+        assert len(axes.lines) == len(rows) + 1 and [line.get_label() for line in full] == ['als']
+    x, y = figure.axes[1].lines[0].get_data()
+    assert (x[0], y[0]) == (91.87, 11.28)               # traditional: clean, and PGD at 0.5
+
 # -----------------------------------------------------------------------------
 # a tiny table, through the same code
 

@@ -260,11 +260,11 @@ def main(argv=None):
             missing.append(f'{name}-s{seed}')
     found = results.find(plan, names)
     text = results.markdown(plan, found)
+    say(text)
     if any(found.values()):
         with atomic(f'{plan.results}/table.md') as tmp, open(tmp, 'w') as f:
             f.write(text)
         results.draw(plan, found)
-    say(text)
     if missing:
         sys.exit(f'not finished: {" ".join(missing)}')
 

@@ -9,7 +9,7 @@ import re
 import statistics
 from typing import NamedTuple
 
-from support.files import atomic, say
+from support.files import say
 from tools.plan import all_flags, evaluations, filled, first_jobs, record, text_of
 
 class Measured(NamedTuple):
@@ -122,35 +122,32 @@ def markdown(plan, found):
 # -----------------------------------------------------------------------------
 # pictures
 
-def scatter(plan, found, path):
-    """Robust against clean accuracy, ours full and the paper's hollow, a panel for each of two attackers."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from support.drawing import STYLE
-    columns = plan.table.columns
-    with matplotlib.rc_context(STYLE):
-        picture = Figure(figsize=(6.5, 3.6), layout='constrained')
-        picture.suptitle('full: ours; hollow: the paper')
-        for axes, k in zip(picture.subplots(1, 2), (2, 4)):
-            for name, runs in found.items():
-                points = {'none': plan.table.rows[name].paper[plan.dataset]}
-                if runs:
-                    points['black'] = [
-                        statistics.mean(run.reports[e]['results'][r][field] for run in runs.values())
-                        for e, r, field in columns.values()]
-                for colour, numbers in points.items():
-                    axes.plot(numbers[0], numbers[k], 'o', color='black', markerfacecolor=colour)
-                    axes.annotate(name, (numbers[0], numbers[k]), xytext=(3, 3), textcoords='offset points',
-                                  fontsize=6)
-            axes.set(xlabel='clean accuracy, %', ylabel=f'{list(columns)[k]}, %')
-        with atomic(path) as tmp:
-            picture.savefig(tmp, format='png', dpi=150)
-    say(path)
+def scatter(plan, found):
+    """Robust against clean accuracy, a panel for each of two attackers: a Figure. Full: ours; hollow: the paper's."""
+    from support import drawing
+    columns, colours = plan.table.columns, drawing.colours(len(found))
+    figure, [panels] = drawing.sheet(f'{plan.table.title}; full: ours, hollow: the paper', 3.8, columns=2)
+    for axes, k in zip(panels, (2, 4)):
+        for i, (name, runs) in enumerate(found.items()):
+            look = dict(color=colours[i], marker=drawing.MARKERS[i % 10], linestyle='none')
+            numbers = plan.table.rows[name].paper[plan.dataset] or (None,) * len(columns)
+            if isinstance(numbers[0], float) and isinstance(numbers[k], float):
+                axes.plot(numbers[0], numbers[k], markerfacecolor='none', **look)
+            ours = [[run.reports[e]['results'][result][field] for run in runs.values()]
+                    for e, result, field in columns.values()]
+            if runs:
+                axes.plot(statistics.mean(ours[0]), statistics.mean(ours[k]), label=name, **look)
+        axes.set(xlabel='clean accuracy, %', ylabel=f'{list(columns)[k]}, %')
+    return drawing.with_legend(figure)
 
 def draw(plan, found):
     """The picture of a table that is one, if it is not there or older than a report."""
     if plan.table.picture == 'scatter':
-        scatter(plan, found, f'{plan.results}/figure.png')
+        import matplotlib
+        from support import drawing
+        with matplotlib.rc_context(drawing.STYLE):
+            drawing.save(scatter(plan, found), f'{plan.results}/figure')
+        say(f'{plan.results}/figure.png')
     if plan.table.picture == 'tsne':
         reports = [os.path.join(plan.base, evaluations(plan, name, seed)['best'].product)
                    for name, runs in found.items() for seed in runs]
