@@ -5,9 +5,9 @@ Datasets as uint8 tensors on the device, and batches of fp32 images in [0, 1] cu
     for x, y in batches(d.x_train, d.y_train, 128, d.augment, generator): ...
     for x, y in batches(d.x_val, d.y_val, 500): ...          # in order, no augmentation, every image
 
-DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3) or grey (N,H,W), labels integer (N,). Anybody's
-data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes with
-scikit-learn, synthetic is generated. imagenet is class folders of files (imagenet.py).
+DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3) or grey (N,H,W), labels integer
+(N,). Anybody's data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes
+with scikit-learn, synthetic is generated. imagenet is class folders of files (imagenet.py).
 """
 import hashlib
 import os
@@ -62,7 +62,8 @@ class Dataset(NamedTuple):
         """mean, std: a float per channel, of the training images in [0, 1]."""
         if isinstance(self.x_train, Files):
             return imagenet.MEAN, imagenet.STD
-        x = self.x_train.cpu().reshape(-1, self.x_train.shape[-1]).double() / 255         # eight times its size: not on a GPU
+        x = self.x_train.cpu().reshape(-1, self.x_train.shape[-1])
+        x = x.double() / 255                        # eight times its size: not on a GPU
         return x.mean(0).tolist(), x.std(0).tolist()
 
 # -----------------------------------------------------------------------------
@@ -80,7 +81,9 @@ def from_npz(path, classes):
     missing = [k for k, a in zip(names, arrays) if a is None]
     if missing:
         raise Refused(f'{path} has no array {" ".join(missing)}: it needs {" ".join(names)}')
-    arrays = [a[..., None] if k.startswith('x') and a.ndim == 3 else a for k, a in zip(names, arrays)]      # grey
+    for i in 0, 2:
+        if arrays[i].ndim == 3:                     # grey
+            arrays[i] = arrays[i][..., None]
     for split, x, y in (('train', *arrays[:2]), ('test', *arrays[2:])):
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
             raise Refused(f'{path}: x_{split} is {x.dtype} {x.shape}; images are uint8 (N, H, W, 3), '
@@ -198,11 +201,11 @@ def missing_classes(d):
     if len(present) == d.classes:
         return None
     shown = ' '.join(map(str, present[:10].tolist())) + (' ...' if len(present) > 10 else '')
-    return (f'note: the training images show {len(present)} of {d.classes} classes ({shown}): is the file sorted by '
-            'label? --subset with --subset-seed draws at random')
+    return (f'note: the training images show {len(present)} of {d.classes} classes ({shown}): is the file '
+            'sorted by label? --subset with --subset-seed draws at random')
 
 def fingerprint(d):
-    """16 hex digits of the training images, their labels and the number of classes, of ImageNet's their paths."""
+    """16 hex digits of the training images (of ImageNet's: their paths), labels and number of classes."""
     digest = hashlib.sha256(f'{d.classes} {tuple(d.x_train.shape)}'.encode())
     for images in (d.x_train, d.x_val):
         digest.update(images.paths.tobytes() if isinstance(images, Files) else images.cpu().numpy().tobytes())
@@ -268,15 +271,15 @@ def to_float(x):
     x = x.permute(0, 3, 1, 2).float() / 255
     if x.is_cuda:
         return x
-    # of one channel both layouts are the same numbers in the same order, and contiguous() would leave strides that
-    # mean channels_last, in which oneDNN crashes below 8 channels
+    # of one channel both layouts are the same numbers in the same order, and contiguous() would leave
+    # strides that mean channels_last, in which oneDNN crashes below 8 channels
     return x.clone(memory_format=torch.contiguous_format)
 
 def augmented(x, augment, generator, padding=4):
     """
-    'crop': random crop out of a frame of zeros, as torchvision's RandomCrop(padding=4); 'crop+flip': and a flip of
-    every other image, as RandomHorizontalFlip; 'none'. One gather for the whole batch, on its device.
-    uint8 (B,H,W,C) -> the same.
+    'crop': random crop out of a frame of zeros, as torchvision's RandomCrop(padding=4); 'crop+flip': and
+    a flip of every other image, as RandomHorizontalFlip; 'none'. One gather for the whole batch, on its
+    device. uint8 (B,H,W,C) -> the same.
     """
     if augment == 'none':
         return x
@@ -326,14 +329,16 @@ def batches(x, y, batch_size, augment='none', generator=None, *, first=0, share=
 
 def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None, n_extra=0, label=None):
     """
-    Yield x, y of one training epoch. With extra (see open_images), the last n_extra images of every batch are drawn from
-    it; label(x) -> (n,) says what stands for their labels, which is -1 without it. As many steps as without them, so that an epoch costs
-    the same. What is drawn depends on (seed, epoch) alone: neither on the number of processes nor on where the training
-    was stopped. first: batches to pass over; share: of each batch, what this process takes.
+    Yield x, y of one training epoch. With extra (see open_images), the last n_extra images of every batch
+    are drawn from it; label(x) -> (n,) says what stands for their labels, which is -1 without it. As many
+    steps as without them, so that an epoch costs the same. What is drawn depends on (seed, epoch) alone:
+    neither on the number of processes nor on where the training was stopped. first: batches to pass over;
+    share: of each batch, what this process takes.
     """
     device = d.y_train.device
     generator = torch.Generator(device).manual_seed((seed + 1_000_003 * epoch) % 2 ** 63)
-    labelled = batches(d.x_train, d.y_train, batch_size - n_extra, d.augment, generator, first=first, share=share)
+    labelled = batches(d.x_train, d.y_train, batch_size - n_extra, d.augment, generator, first=first,
+                       share=share)
     if extra is None:
         yield from labelled
         return

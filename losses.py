@@ -266,8 +266,8 @@ class Method(NamedTuple):
     teacher: str | None = None      # 'standard': found or trained if none is given. 'robust': has to be given
     recipe: dict | None = None      # --recipe paper: the flags of the method's paper and code. None: unknown
     shares: tuple = ()              # hyper-parameters that are shares, at most 1 together
-    # In fp16 the gradient of a confident logit is 0, so the attack's objective is multiplied by this before it
-    # is differentiated. That of MSE has no bound, and overflows before
+    # In fp16 the gradient of a confident logit is 0, so the attack's objective is multiplied by this before
+    # it is differentiated. That of MSE has no bound, and overflows before
     fp16_scale: float = 2.0 ** 10
 
 BESIDE = dict(init='normal')        # at x itself KL and MSE to the clean output have no gradient
@@ -296,7 +296,7 @@ METHODS = {
                       STEPWISE, epochs=120, lr=0.01, weight_decay=3.5e-3,
                       milestones=[74 / 120, 89 / 120, 99 / 120])),
     # their code: a cosine from the first step on, AWP from epoch 10, five steps of eps / 2 in every epoch
-    # (fewer for early ones are overwritten there), weights averaged by 0.9 an epoch: here as much in 390 steps
+    # (fewer for early ones are overwritten there), weights averaged by 0.9 an epoch: here, in 390 steps
     'dkl':        Method(dkl,        climb_kl,  BESIDE, recipe=dict(
                       epochs=200, schedule='cosine', nesterov=False, eps_ramp=1.0, steps=5, step_size=4.0,
                       awp=0.005, awp_warmup=9 / 200, ema=0.9 ** (1 / 390), bn_order='adv-nat')),

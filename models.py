@@ -224,8 +224,8 @@ def of_torchvision(name, num_classes, normalize):
     net.register_forward_pre_hook(lambda net, x: net.normalize(*x))
     return net
 
-NAMES = ('resnet18 resnet34 resnet50 preactresnet18 preactresnet18-fast wrn-DEPTH-WIDEN (wrn-28-10, wrn-34-10, ...) mobilenetv2, '
-         'for ImageNet torchvision-resnet50 torchvision-wide_resnet50_2 ...')
+NAMES = ('resnet18 resnet34 resnet50 preactresnet18 preactresnet18-fast wrn-DEPTH-WIDEN (wrn-28-10, '
+         'wrn-34-10, ...) mobilenetv2, for ImageNet torchvision-resnet50 torchvision-wide_resnet50_2 ...')
 
 def build(name, num_classes, *, width=None, mean=None, std=None, activation='relu', dual_bn=False,
           channels=3):
@@ -247,8 +247,9 @@ def build(name, num_classes, *, width=None, mean=None, std=None, activation='rel
                 setattr(module, key, DualBatchNorm2d(child.num_features))
             elif activation != 'relu' and type(child) is nn.ReLU:
                 setattr(module, key, Activation(activation))
+    # what a checkpoint stores
     net.config = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std,
-                      activation=activation, dual_bn=dual_bn, channels=channels)       # what a checkpoint stores
+                      activation=activation, dual_bn=dual_bn, channels=channels)
     return net
 
 class DualBatchNorm2d(nn.BatchNorm2d):
@@ -357,7 +358,7 @@ def precision(amp, device):
     """-> autocast_dtype(amp, device), for a training. Where it is None, convolutions and matrix products are
     fp32 without TF32."""
     dtype = autocast_dtype(amp, device)
-    if dtype is torch.float16:      # GradScaler skips steps that overflow, often the first; the schedule goes on
+    if dtype is torch.float16:      # GradScaler skips steps that overflow; the schedule goes on
         warnings.filterwarnings('ignore', r'Detected call of `lr_scheduler.step')
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = dtype is not None

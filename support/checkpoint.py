@@ -36,8 +36,8 @@ def fingerprint(net):
     return digest.hexdigest()[:16]
 
 def save_checkpoint(path, net, **meta):
-    """The plain module's weights, on the CPU so that torch.load needs no GPU, what build() needs to make it again, and
-    whatever the caller adds."""
+    """The plain module's weights, on the CPU so that torch.load needs no GPU, what build() needs to make
+    it again, and whatever the caller adds."""
     weights = {k: v.cpu() for k, v in net.state_dict().items()}
     save(path, {'state_dict': weights, 'config': net.config, **meta})
 
@@ -56,9 +56,9 @@ def read(path):
     state_dicts.refuse_damaged(path)
     try:
         with torch.serialization.safe_globals(state_dicts.SAFE), warnings.catch_warnings():
-            warnings.simplefilter('ignore')         # of the pickle's protocol: said below, if that is what is wrong
+            warnings.simplefilter('ignore')         # of the pickle's protocol, which is named below
             return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                  # zip, pickle, EOF, EINVAL: whatever a damaged file provokes in torch.load
+    except Exception as e:                          # zip, pickle, EOF, EINVAL: whatever a file provokes
         why = state_dicts.why_not_loaded(path)
         if why:
             raise Refused(f'{path} {why}') from e
@@ -74,8 +74,8 @@ def is_ours(ckpt):
             and isinstance(config['name'], str))
 
 def warm_start(student, args, d):
-    """Load the weights that --warm-start names into student; an auxiliary BN that they lack starts as its twin. Raises
-    Refused if they are of another network, or of one that normalises images otherwise."""
+    """Load the weights that --warm-start names into student; an auxiliary BN that they lack starts as its
+    twin. Raises Refused if they are of another network, or of one that normalises images otherwise."""
     path = args.teacher if args.warm_start == 'teacher' else args.warm_start
     net = load_checkpoint(path, args.model, d.classes, width=args.width, channels=d.x_train.shape[-1])[0]
     weights, mine = net.state_dict(), student.state_dict()
@@ -86,16 +86,18 @@ def warm_start(student, args, d):
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     if (shapes != {key: tensor.shape for key, tensor in mine.items()}
             or [net.config[k] for k in ('mean', 'std')] != [student.config[k] for k in ('mean', 'std')]):
-        raise Refused(f'--warm-start: {path} is another network than the student, or normalises its images otherwise')
+        raise Refused(f'--warm-start: {path} is another network than the student, or normalises its images '
+                      'otherwise')
     student.load_state_dict(weights)
 
 def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **options):
     """
-    -> (net in eval mode on the CPU, fp32, and meta). One of ours needs the path alone, but for a network of one's own:
-    its code is never run because a file names it. A foreign one is a state dict, bare or under one of the usual keys,
-    and needs build()'s arguments, or FILE.py:FUNCTION in place of the name. meta['weights'] says in words which were
-    taken, what was done to their keys, and what was assumed; it is printed if it is not obvious. flag: where the user
-    gives the name. Always strict. Raises Refused, one line.
+    -> (net in eval mode on the CPU, fp32, and meta). One of ours needs the path alone, but for a network
+    of one's own: its code is never run because a file names it. A foreign one is a state dict, bare or
+    under one of the usual keys, and needs build()'s arguments, or FILE.py:FUNCTION in place of the name.
+    meta['weights'] says in words which were taken, what was done to their keys, and what was assumed; it
+    is printed if it is not obvious. flag: where the user gives the name. Always strict. Raises Refused,
+    one line.
     """
     ckpt = read(path)
     if not isinstance(ckpt, dict):
@@ -107,16 +109,21 @@ def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **opti
     weights, key, others = place
     config = _config(path, ckpt['config'] if ours else None, name, num_classes, flag, options)
     try:
-        net = from_file(config['name'], config['num_classes']) if '.py:' in config['name'] else models.build(**config)
+        if '.py:' in config['name']:
+            net = from_file(config['name'], config['num_classes'])
+        else:
+            net = models.build(**config)
     except (TypeError, ValueError) as e:            # of a config that is not of this version, or damaged
         raise Refused(f'{path}: {config["name"]}: {e}'.splitlines()[0]) from e
     expected = net.state_dict()
     weights, done = state_dicts.fitted(weights, expected)
     wrong = state_dicts.differences(weights, expected)
     if wrong:
+        there = ''
+        if wrong[0].startswith('no '):
+            there = f' (found there: {next(iter(weights), "nothing")})'
         raise Refused(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
-                      f'{len(wrong)} entries differ, the first: {wrong[0]}'
-                      + (f' (found there: {next(iter(weights), "nothing")})' if wrong[0].startswith('no ') else ''))
+                      f'{len(wrong)} entries differ, the first: {wrong[0]}{there}')
     net.load_state_dict(weights)
     net.eval()
     if others:
@@ -140,8 +147,8 @@ def _config(path, config, name, num_classes, flag, options):
     if '.py:' not in config['name']:
         return config
     if name is None or '.py:' not in name:
-        raise Refused(f'{path} is of a network of one\'s own; its code is run only if you name it. If you trust that '
-                      f'file: {describe.same_command(flag, config["name"])}')
+        raise Refused(f"{path} is of a network of one's own; its code is run only if you name it. "
+                      f'If you trust that file: {describe.same_command(flag, config["name"])}')
     return dict(config, name=name)
 
 def _assumed(config, done):
@@ -152,12 +159,13 @@ def _assumed(config, done):
     if any('downsample' in text for text in done):
         assumed.append('taken for one without max pooling')     # torchvision's 7x7 stem would not fit
     if config['name'] == 'preactresnet18':
-        assumed.append('taken for the network of Rice et al., whose shortcut projects the activated x; Wong et al. have '
-                       'the same keys and project x: --model preactresnet18-fast')
+        assumed.append('taken for the network of Rice et al., whose shortcut projects the activated x; '
+                       'Wong et al. have the same keys and project x: --model preactresnet18-fast')
     return assumed
 
 def build(name, d, **shape):
-    """A new network for the data d, on their device: models.build's name, or FILE.py:FUNCTION. Raises Refused."""
+    """A new network for the data d, on their device. name: models.build's, or FILE.py:FUNCTION. Raises
+    Refused."""
     device = d.y_train.device
     try:
         if '.py:' in name:
@@ -172,7 +180,8 @@ def build(name, d, **shape):
 # teachers
 
 def load_teacher(path, args, d, device):
-    """-> the frozen network in path, on the device, and what the student's checkpoint says of it. Raises Refused."""
+    """-> the frozen network in path, on the device, and what the student's checkpoint says of it. Raises
+    Refused."""
     net, meta = load_checkpoint(path, args.teacher_model or args.model, d.classes, flag='--teacher-model',
                                 channels=d.x_train.shape[-1])
     if meta.get('dataset', args.dataset) != args.dataset:
@@ -185,9 +194,9 @@ def load_teacher(path, args, d, device):
                      stored_clean=meta.get('val_clean'))
 
 def load_teachers(args, roles, d, device):
-    """roles: flags of train_adv.py, 'teacher' and 'standard_teacher', that name files; where a flag is None it is set
-    to the standard teacher, which is trained if need be. -> {role: network}, {role: what is known of it}. --dry-run
-    trains none, and takes an untrained network to measure with."""
+    """roles: flags of train_adv.py, 'teacher' and 'standard_teacher', that name files; where a flag is
+    None it is set to the standard teacher, which is trained if need be. -> {role: network}, {role: what
+    is known of it}. --dry-run trains none, and takes an untrained network to measure with."""
     networks, known = {}, {}
     for role in roles:
         path = getattr(args, role) or standard_teacher(args)
@@ -199,9 +208,10 @@ def load_teachers(args, roles, d, device):
     return networks, known
 
 def check_teachers(networks, known, args, d):
-    """Validates the teachers on up to 100 held-out images, completes known, and prints a line each. Refuses one that
-    gives no numbers, or is so far below the accuracy stored in it that chance does not explain it (four standard
-    deviations): then labels, order of classes or normalisation are others than in its training."""
+    """Validates the teachers on up to 100 held-out images, completes known, and prints a line each.
+    Refuses one that gives no numbers, or is so far below the accuracy stored in it that chance does not
+    explain it (four standard deviations): then labels, order of classes or normalisation are others than
+    in its training."""
     for role, about in known.items():
         path, stored, n = about['path'], about['stored_clean'], min(100, len(d.y_val))
         clean, robust, loss = clean_and_pgd(networks[role], d.x_val[:n], d.y_val[:n], eps=args.eps / 255,
@@ -209,23 +219,24 @@ def check_teachers(networks, known, args, d):
         if not math.isfinite(loss):
             raise Refused(f'the teacher {path} gives non-finite logits on {n} held-out images: train another')
         about.update(val_clean=clean, val_pgd20=robust, val_n=n)
-        say(f'{role.replace("_", " ")} {path} ({about["fingerprint"]}): {clean:.1f} % clean, {robust:.1f} % under '
-            f'PGD-20 on {n} held-out images')
+        say(f'{role.replace("_", " ")} {path} ({about["fingerprint"]}): {clean:.1f} % clean, '
+            f'{robust:.1f} % under PGD-20 on {n} held-out images')
         if stored is None:
             continue
         p = min(max(stored / 100, 0.02), 0.98)
         if clean < stored - 400 * math.sqrt(p * (1 - p) / n):
-            raise Refused(f'the teacher {path} has {clean:.1f} % on {n} held-out images and had {stored:.1f} % in its '
-                          'own training: other labels, another order of classes or another normalisation?')
+            raise Refused(f'the teacher {path} has {clean:.1f} % on {n} held-out images and had '
+                          f'{stored:.1f} % in its own training: other labels, another order of classes or '
+                          'another normalisation?')
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def standard_teacher(args):
-    """Path of this dataset's and model's standard teacher, trained now if need be (Al-Najjar et al., section 3: "it is
-    feasible to train our own teacher model"); --dry-run trains none, and returns None. Where another run is training
-    it, waits. Raises Refused where several processes would train it."""
-    flags = [f'--{flag.replace("_", "-")}={getattr(args, flag)}' for flag in ('dataset', 'data_dir', 'model', 'amp')]
-    for flag in ('width', 'subset', 'subset_seed', 'augment'):
+    """Path of this dataset's and model's standard teacher, trained now if need be (Al-Najjar et al.,
+    section 3: "it is feasible to train our own teacher model"); --dry-run trains none, and returns None.
+    Where another run is training it, waits. Raises Refused where several processes would train it."""
+    flags = []
+    for flag in ('dataset', 'data_dir', 'model', 'amp', 'width', 'subset', 'subset_seed', 'augment'):
         if getattr(args, flag) is not None:
             flags.append(f'--{flag.replace("_", "-")}={getattr(args, flag)}')
     if args.normalize:
@@ -249,7 +260,8 @@ def standard_teacher(args):
             say(f'no teacher given, and none in {folder} that is finished: it would be trained first')
             return None
         say(f'no teacher given, and none in {folder} that is finished: training it first')
-        command = [sys.executable, os.path.join(ROOT, 'train_teacher.py'), *flags, f'--out={folder}', '--resume']
+        script = os.path.join(ROOT, 'train_teacher.py')
+        command = [sys.executable, script, *flags, f'--out={folder}', '--resume']
         status = subprocess.run(command).returncode
         if status and not files.is_locked(folder):        # another run may have been quicker
             sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')

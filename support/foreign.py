@@ -27,13 +27,14 @@ def _names_in(folder):
     return names
 
 def _wins(folder, name):
-    """Does folder/name come before an installed package of that name? A folder without __init__.py does not."""
-    return os.path.exists(os.path.join(folder, f'{name}.py')) or os.path.exists(os.path.join(folder, name, '__init__.py'))
+    """Does folder/name come before an installed package? A folder without __init__.py does not."""
+    path = os.path.join(folder, name)
+    return os.path.exists(f'{path}.py') or os.path.exists(os.path.join(path, '__init__.py'))
 
 def _lies_in(module, folder, name):
     """Is it folder/name.py, or in the package folder/name?"""
     place = getattr(module, '__file__', None)
-    if not place and type(module).__name__ == 'module':         # a folder without __init__.py has a path alone
+    if not place and type(module).__name__ == 'module':     # a folder without __init__.py has a path alone
         place = next(iter(getattr(module, '__path__', ())), None)
     if not isinstance(place, str):
         return False
@@ -42,8 +43,9 @@ def _lies_in(module, folder, name):
 
 class Surroundings:
     """
-    Between enter() and leave(), `import` finds what it would in a script that lies in folder: its neighbours first, and
-    none of our modules. leave() puts ours back, and keeps theirs aside for the next enter(): nobody else finds them.
+    Between enter() and leave(), `import` finds what it would in a script that lies in folder: its
+    neighbours first, and none of our modules. leave() puts ours back, and keeps theirs aside for the next
+    enter(): nobody else finds them.
     """
     def __init__(self, folder):
         self.folder = os.path.realpath(folder)
@@ -65,10 +67,11 @@ class Surroundings:
         """Our modules, and those of others that theirs come before."""
         hidden = []
         for name, top, module in self._loaded():
-            ours = top in self.our_names and _lies_in(module, ROOT, top)
-            namesake = top in self.neighbours and top not in sys.stdlib_module_names and _wins(self.folder, top)
-            if ours or namesake and not _lies_in(module, self.folder, top):
+            if top in self.our_names and _lies_in(module, ROOT, top):
                 hidden.append(name)
+            elif top in self.neighbours and top not in sys.stdlib_module_names:
+                if _wins(self.folder, top) and not _lies_in(module, self.folder, top):
+                    hidden.append(name)
         return hidden
 
     def enter(self):
@@ -98,8 +101,8 @@ class Surroundings:
 # the network
 
 def from_file(spec, num_classes):
-    """The network that function() returns, spec being FILE.py:FUNCTION, in fp32 and with logits (B, num_classes) as its
-    output. Raises Refused, one line."""
+    """The network that function() returns, spec being FILE.py:FUNCTION, in fp32; its output are the logits
+    (B, num_classes). Raises Refused, one line."""
     file, function = spec.rsplit(':', 1)
     file = os.path.abspath(file)
     if not os.path.isfile(file):
@@ -154,8 +157,8 @@ def _imported(file):
     return module
 
 def _logits(out, spec, num_classes):
-    """The logits in what a network returns: itself, `logits` of a dict or an object, else the first of its tensors
-    that has the right shape."""
+    """The logits in what a network returns: itself, `logits` of a dict or an object, else the first of
+    its tensors that has the right shape."""
     shape = None
     for tensor in _tensors(out):
         shape = shape or tuple(tensor.shape)

@@ -1,5 +1,5 @@
 """
-Somebody else's weights: files that are not ours, the state dict in them, and the keys a network of ours expects.
+Somebody else's weights: files that are not ours, the state dict in them, the keys that a network expects.
 
     found(content)                                # the state dict in what torch.load gave, and where it was
     weights, notes = fitted(weights, net.state_dict())   # keys as they are first, then less and less so
@@ -19,8 +19,8 @@ from support.files import Refused
 CONTAINERS = ('state_dict', 'model_state_dict', 'model', 'net', 'network', 'params',
               'state_dict_ema', 'model_ema', 'ema', 'ema_state_dict', 'params_ema')
 DANGEROUS = {'os', 'posix', 'nt', 'subprocess', 'sys', 'builtins', '__builtin__', 'shutil', 'socket', 'runpy',
-             'importlib', 'ctypes', 'pty', 'code', 'webbrowser', 'commands', 'pdb', 'asyncio', 'multiprocessing',
-             'urllib', 'requests', 'operator'}
+             'importlib', 'ctypes', 'pty', 'code', 'webbrowser', 'commands', 'pdb', 'asyncio', 'operator',
+             'multiprocessing', 'urllib', 'requests'}
 # plain values that trainings keep beside the weights: numpy's numbers, and their flags
 SCALAR = np.float64(0).__reduce__()[0]
 SAFE = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, 'numpy.core.multiarray.scalar'),        # of numpy 1
@@ -52,22 +52,23 @@ def safetensors(path):
     try:
         return load_file(path)
     except Exception as e:
-        raise Refused(f'{path} is a damaged safetensors file ({type(e).__name__}: {e})'.splitlines()[0]) from e
+        problem = f'{path} is a damaged safetensors file ({type(e).__name__}: {e})'
+        raise Refused(problem.splitlines()[0]) from e
 
 def why_not_loaded(path):
-    """What in the pickle(s) of a file keeps torch.load(weights_only=True) from it, as half a sentence, or None."""
+    """What in a file's pickle keeps torch.load(weights_only=True) from it, as half a sentence, or None."""
     protocol, names = _pickled(path)
     evil = [n for n in names if n.split('.')[0] in DANGEROUS and n not in HARMLESS]
     if evil:
-        return (f'would run {evil[0]} when it is unpickled: a malicious pickle. Nothing was executed; delete it, '
-                'and doubt where it came from')
+        return (f'would run {evil[0]} when it is unpickled: a malicious pickle. Nothing was executed; '
+                'delete it, and doubt where it came from')
     if protocol is not None and protocol > 2:
-        return (f'was saved with pickle_protocol={protocol}, which PyTorch reads only where it may run any code: '
-                'save it again with torch.save(state_dict, path) alone')
+        return (f'was saved with pickle_protocol={protocol}, which PyTorch reads only where it may run any '
+                'code: save it again with torch.save(state_dict, path) alone')
     return None
 
 def _pickled(path):
-    """-> protocol of the first pickle in path, and the names (module.function) that they look up; nothing is run."""
+    """-> protocol of the first pickle in path, and the module.function names in all; nothing is run."""
     names, strings, protocol = [], [], None
     with contextlib.suppress(Exception), contextlib.ExitStack() as stack:      # what is no pickle ends it
         if zipfile.is_zipfile(path):
@@ -94,8 +95,8 @@ def _is_weights(value):
     return isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values())
 
 def found(ckpt):
-    """-> (state dict, where it was, [where others were]), None where the file holds none. Where: keys, '' for the whole
-    file."""
+    """-> (state dict, where it was, [where others were]); None where the file holds none.
+    Where: keys, '' for the whole file."""
     if _is_weights(ckpt):
         return ckpt, '', []
     sets = []
@@ -114,14 +115,17 @@ def found(ckpt):
 
 def differences(weights, expected):
     """What keeps weights from load_state_dict(strict=True), in words."""
-    wrong = [f'no {k}' for k in expected if k not in weights] + [f'unknown {k}' for k in weights if k not in expected]
-    return wrong + [f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}' for k, v in expected.items()
-                    if k in weights and weights[k].shape != v.shape]
+    wrong = [f'no {k}' for k in expected if k not in weights]
+    wrong += [f'unknown {k}' for k in weights if k not in expected]
+    for k, v in expected.items():
+        if k in weights and weights[k].shape != v.shape:
+            wrong.append(f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}')
+    return wrong
 
 def fitted(weights, expected):
     """
-    -> (weights with the keys of expected, [what was done to them, in words]): as they are if they fit, else after the
-    least that makes them fit. If nothing does: those that differ least; see differences().
+    -> (weights with the keys of expected, [what was done to them, in words]): as they are if they fit,
+    else after the least that makes them fit. If nothing does: those that differ least; see differences().
     """
     weights = {str(k): v for k, v in weights.items()}
     best, notes = weights, []
@@ -137,7 +141,7 @@ def fitted(weights, expected):
     return best, notes
 
 def _prefixes(weights, expected):
-    """Yield the weights as they are; without what all keys begin with, part by part; with what expected's begin with."""
+    """Yield the weights as they are; without what all keys begin with; with what expected's begin with."""
     yield weights, []
     done = []
     if 'n_averaged' in weights:

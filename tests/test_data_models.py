@@ -58,7 +58,8 @@ def test_batches_are_seeded_and_in_range():
 def mine(folder, name='mine', x=lambda x: x, y=lambda y: y):
     """synthetic, its images and labels changed, as folder/name.npz -> the flags that name it."""
     x_train, y_train, x_test, y_test = data.synthetic()
-    np.savez(folder / f'{name}.npz', x_train=x(x_train), y_train=y(y_train), x_test=x(x_test), y_test=y(y_test))
+    np.savez(folder / f'{name}.npz', x_train=x(x_train), y_train=y(y_train), x_test=x(x_test),
+             y_test=y(y_test))
     return ['--dataset', name, '--data-dir', folder]
 
 SHORT = '--loss dkl --width 4 --subset 64 --batch-size 32 --epochs 1 --steps 1'.split()
@@ -74,9 +75,9 @@ def test_grey_images_with_and_without_a_channel(tmp_path):
     assert weights[0] == weights[1]
 
 def test_grey_batches_have_the_strides_of_any_other():
-    """Of one channel channels_last is the same memory: oneDNN would take it for that, and crash below 8 channels."""
-    x = data.to_float(torch.zeros(5, 8, 6, 1, dtype=torch.uint8))
-    assert x.stride() == (48, 48, 6, 1) and data.to_float(torch.zeros(5, 8, 6, 3, dtype=torch.uint8)).is_contiguous()
+    """Of one channel channels_last is the same memory: oneDNN would take it for that, and crash."""
+    grey, colour = [data.to_float(torch.zeros(5, 8, 6, c, dtype=torch.uint8)) for c in (1, 3)]
+    assert grey.stride() == (48, 48, 6, 1) and colour.stride() == (144, 48, 6, 1)
 
 @pytest.mark.parametrize('classes', [2, 3, 100, 1000])
 def test_any_number_of_classes_trains_and_is_attacked(classes, tmp_path, capsys):
@@ -101,9 +102,11 @@ def test_one_class_is_refused(script, tmp_path, capsys):
 def test_a_class_without_test_images(tmp_path, net):
     x_train, y_train, x_test, y_test = data.synthetic()
     kept = y_test != 3
-    np.savez(tmp_path / 'mine.npz', x_train=x_train, y_train=y_train, x_test=x_test[kept], y_test=y_test[kept])
+    np.savez(tmp_path / 'mine.npz', x_train=x_train, y_train=y_train, x_test=x_test[kept],
+             y_test=y_test[kept])
     checkpoint.save_checkpoint(tmp_path / 'm.pt', net, dataset='mine')
-    script = run('evaluate.py', tmp_path / 'm.pt', '--dataset', 'mine', '--data-dir', tmp_path, '--attacks', 'clean')
+    script = run('evaluate.py', tmp_path / 'm.pt', '--dataset', 'mine', '--data-dir', tmp_path,
+                 '--attacks', 'clean')
     r = script['results']['clean']
     assert sorted(r['per_class']) == [0, 1, 2, 4, 5, 6, 7, 8, 9] and sum(r['confusion'][3]) == 0
     right = sum(r['confusion'][c][c] for c in range(10))
@@ -115,13 +118,15 @@ def test_a_sorted_file_is_said_and_drawn_from(tmp_path, capsys):
     x, y, u, v = data.synthetic()
     order = y.argsort(kind='stable')
     np.savez(tmp_path / 'mine.npz', x_train=x[order], y_train=y[order], x_test=u, y_test=v)
-    first, drawn, again, other = [data.load('mine', tmp_path, subset=100, subset_seed=seed) for seed in (None, 0, 0, 1)]
-    assert '2 of 10 classes (0 1)' in data.missing_classes(first) and '--subset-seed' in data.missing_classes(first)
+    first, drawn, again, other = [data.load('mine', tmp_path, subset=100, subset_seed=seed)
+                                  for seed in (None, 0, 0, 1)]
+    note = data.missing_classes(first)
+    assert '2 of 10 classes (0 1)' in note and '--subset-seed' in note
     assert data.missing_classes(drawn) is None
     assert torch.equal(drawn.x_train, again.x_train) and not torch.equal(drawn.x_train, other.x_train)
-    run('train_adv.py', '--loss', 'standard', '--dataset', 'mine', '--data-dir', tmp_path, '--subset', 100, '--width', 4,
-        '--batch-size', 50, '--epochs', 1, '--out', tmp_path / 'm')
-    assert data.missing_classes(first) in capsys.readouterr().out
+    run('train_adv.py', '--loss', 'standard', '--dataset', 'mine', '--data-dir', tmp_path, '--subset', 100,
+        '--width', 4, '--batch-size', 50, '--epochs', 1, '--out', tmp_path / 'm')
+    assert note in capsys.readouterr().out
 
 # -----------------------------------------------------------------------------
 # networks and checkpoints

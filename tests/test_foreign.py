@@ -1,5 +1,5 @@
-"""Anybody's network: its code finds what it would in its own folder, its weights are found and fitted, or one line
-says why not; and nothing runs because a file names it."""
+"""Anybody's network: its code finds what it would in its own folder, its weights are found and fitted, or
+one line says why not; and nothing runs because a file names it."""
 import argparse
 import contextlib
 import copy
@@ -40,8 +40,8 @@ X = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 def as_a_user(script, *argv, cwd, **environment):
     """The script in a process of its own -> status, the lines of its output, and of its errors."""
-    done = subprocess.run([sys.executable, str(HERE / script), *map(str, argv)], cwd=cwd, capture_output=True, text=True,
-                          env=dict(os.environ, OMP_NUM_THREADS='1', **environment))
+    done = subprocess.run([sys.executable, str(HERE / script), *map(str, argv)], cwd=cwd, capture_output=True,
+                          text=True, env=dict(os.environ, OMP_NUM_THREADS='1', **environment))
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 def files(folder, **contents):
@@ -90,7 +90,8 @@ def test_a_folder_with_names_of_ours_in_it(theirs, monkeypatch, tmp_path):
     net = checkpoint.load_checkpoint(theirs / 'w.pt', f'{theirs}/net.py:make', 10)[0]
     for _ in range(2):
         torch.testing.assert_close(net(X), expected_of(theirs, X))
-        assert our_modules() == before and sys.modules['attacks'] is attacks and sys.modules['losses'] is losses
+        assert our_modules() == before
+        assert sys.modules['attacks'] is attacks and sys.modules['losses'] is losses
         assert (sys.path, sys.argv, os.getcwd()) == (path, argv, str(tmp_path))
 
 def test_as_a_user_with_our_folder_within_theirs(theirs, tmp_path):
@@ -101,8 +102,8 @@ def test_as_a_user_with_our_folder_within_theirs(theirs, tmp_path):
         name for name in names if folder == str(HERE) and name != 'support' and not name.endswith('.py')])
     files(site, autoattack__state='class EvaluationState: pass\n')
     files(repo, net2='from autoattack.state import EvaluationState\nfrom net import make\n')
-    status, out, err = as_a_user(repo / 'robust/evaluate.py', 'w.pt', '--model', 'net2.py:make', *SYNTHETIC, '--out', 'e.json',
-                                 cwd=repo, PYTHONPATH=str(site))
+    status, out, err = as_a_user(repo / 'robust/evaluate.py', 'w.pt', '--model', 'net2.py:make', *SYNTHETIC,
+                                 '--out', 'e.json', cwd=repo, PYTHONPATH=str(site))
     assert (status, err) == (0, []), err
     d = data.load('synthetic')
     right = expected_of(theirs, data.to_float(d.x_test[:20])).argmax(1) == d.y_test[:20]
@@ -128,11 +129,12 @@ def test_compiled_it_is_the_same(theirs):
     assert sys.modules['data'] is data
 
 OUTPUTS = dict(
-    tuple='(z, z.mean())', a_dict='{"loss": z.mean(), "logits": z}', no_name='{"y": z}', features='[x.flatten(1), z]',
-    named='Named(x.flatten(1)[:, :10], z)', thing='types.SimpleNamespace(logits=z)', double='z.double()')
+    tuple='(z, z.mean())', a_dict='{"loss": z.mean(), "logits": z}', no_name='{"y": z}',
+    features='[x.flatten(1), z]', named='Named(x.flatten(1)[:, :10], z)',
+    thing='types.SimpleNamespace(logits=z)', double='z.double()')
 REFUSED_OUTPUTS = dict(
-    one='z[:, :1]', flat='z[:, 0]', more='torch.cat([z, z], 1)', spatial='z[:, :, None, None]', scalar='z.mean()',
-    nothing='None', text='"z"')
+    one='z[:, :1]', flat='z[:, 0]', more='torch.cat([z, z], 1)', spatial='z[:, :, None, None]',
+    scalar='z.mean()', nothing='None', text='"z"')
 
 @pytest.fixture(scope='module')
 def nets(tmp_path_factory):
@@ -162,7 +164,8 @@ def leaves():
     raise SystemExit(3)
 '''
     for name, out in (OUTPUTS | REFUSED_OUTPUTS).items():
-        text += f'class {name}(Net):\n    def forward(self, x):\n        z = super().forward(x)\n        return {out}\n'
+        text += (f'class {name}(Net):\n    def forward(self, x):\n'
+                 f'        z = super().forward(x)\n        return {out}\n')
     files(folder, nets=text, wrong='def make(:', relative='from .nets import Net')
     net = from_file(f'{folder}/nets.py:Net', 10)
     torch.save(net.state_dict(), folder / 'w.pt')
@@ -184,8 +187,8 @@ def test_or_one_line_says_what_it_returns(name, nets):
 
 @pytest.mark.parametrize('spec, says', [
     ('nets.py:needs', 'missing 1 required positional argument'), ('nets.py:leaves', 'SystemExit: 3'),
-    ('nets.py:none', "has no attribute 'none'"), ('nets.py:X', "has no attribute 'X'"), ('nets.py:LINEAR', 'no attribute'),
-    ('nets.py:types', 'not callable'), ('wrong.py:make', 'SyntaxError'), ('relative.py:Net', 'relative import'),
+    ('nets.py:none', "has no attribute 'none'"), ('nets.py:types', 'not callable'),
+    ('wrong.py:make', 'SyntaxError'), ('relative.py:Net', 'relative import'),
     ('absent.py:make', 'there is no file')])
 def test_code_that_makes_no_network_is_one_line(spec, says, nets):
     before, path = our_modules(), sys.path[:]
@@ -221,22 +224,27 @@ def torchvisions(weights, head='fc'):
 CHANGES = {
     'as it is': (lambda w: w, 'the whole file'),
     'no counters': (lambda w: {k: v for k, v in w.items() if 'num_batches' not in k}, 'the whole file'),
-    'Lightning': (lambda w: {'state_dict': prefixed(w, 'model.')}, 'weights: state_dict; prefix model. dropped'),
-    'wrapped': (lambda w: {'model': prefixed(w, 'module.model.')}, 'weights: model; prefix module.model. dropped'),
+    'Lightning': (lambda w: {'state_dict': prefixed(w, 'model.')},
+                  'weights: state_dict; prefix model. dropped'),
+    'wrapped': (lambda w: {'model': prefixed(w, 'module.model.')},
+                'weights: model; prefix module.model. dropped'),
     'compiled': (lambda w: {'net': prefixed(w, 'module._orig_mod.')}, 'prefix module._orig_mod. dropped'),
     'Sequential': (lambda w: prefixed(w, '1.'), 'prefix 1. dropped'),
-    'torchvision': (torchvisions, 'keys renamed, such as layer2.0.downsample.0.weight to layer2.0.shortcut.0.weight'),
+    'torchvision': (torchvisions,
+                    'keys renamed, such as layer2.0.downsample.0.weight to layer2.0.shortcut.0.weight'),
     'timm': (lambda w: {'model': prefixed(torchvisions(w, 'head.fc'), 'module.')}, 'without max pooling'),
     'sub_block1': (lambda w: dict(w, **{'sub_block1.w': torch.ones(2)}), 'sub_block1 left out'),
-    'half': (lambda w: {k: v.bfloat16() if v.is_floating_point() else v for k, v in w.items()}, 'the whole file'),
+    'half': (lambda w: {k: v.bfloat16() if v.is_floating_point() else v for k, v in w.items()},
+             'the whole file'),
     'EMA': (lambda w: {'state_dict_ema': w}, 'weights: state_dict_ema'),
-    'EMA of timm': (lambda w: {'model_ema': prefixed(w, 'module.')}, 'weights: model_ema; prefix module. dropped'),
+    'EMA of timm': (lambda w: {'model_ema': prefixed(w, 'module.')},
+                    'weights: model_ema; prefix module. dropped'),
     'EMA alone': (lambda w: {'ema': w, 'epoch': 3}, 'weights: ema'),
     'nested': (lambda w: {'ema': {'state_dict': w, 'decay': 0.9}}, 'weights: ema.state_dict'),
     'both': (lambda w: {'state_dict_ema': {k: 0 * v for k, v in w.items()}, 'state_dict': w, 'optimizer': {}},
              'weights: state_dict; the file also holds state_dict_ema'),
-    'beside numbers': (lambda w: {'model': w, 'acc': np.float64(9), 'epoch': np.int64(3), 'args': argparse.Namespace(lr=1)},
-                       'weights: model'),
+    'beside numbers': (lambda w: {'model': w, 'acc': np.float64(9), 'epoch': np.int64(3),
+                                  'args': argparse.Namespace(lr=1)}, 'weights: model'),
 }
 
 @pytest.mark.parametrize('name', CHANGES)
@@ -262,9 +270,12 @@ def test_double_weights_and_networks_are_evaluated_in_fp32(nets):
 def test_averaged_model_and_unknown_containers(net, tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(net)
     fingerprint, text = load(tmp_path / 'w.pt', averaged.state_dict())
-    assert fingerprint == checkpoint.fingerprint(net) and 'n_averaged left out; prefix module. dropped' in text
-    for content, says in (({'weights': net.state_dict()}, 'no state dict'), ({'state_dict': {}}, 'no state dict'),
-                          (prefixed(net.state_dict(), 'student.') | {'teacher.w': X}, 'found there: student.conv1.weight'),
+    assert fingerprint == checkpoint.fingerprint(net)
+    assert 'n_averaged left out; prefix module. dropped' in text
+    two = prefixed(net.state_dict(), 'student.') | {'teacher.w': X}
+    for content, says in (({'weights': net.state_dict()}, 'no state dict'),
+                          ({'state_dict': {}}, 'no state dict'),
+                          (two, 'found there: student.conv1.weight'),
                           (dict(net.state_dict(), mu=X), 'unknown mu')):
         with pytest.raises(Refused, match=says):
             load(tmp_path / 'w.pt', content)
@@ -283,8 +294,8 @@ def test_keys_that_fit_as_they_are_are_left_alone(nets, tmp_path):
 def test_pickle_protocols(net, tmp_path):
     for options in (dict(pickle_protocol=2), dict(_use_new_zipfile_serialization=False)):
         torch.save(net.state_dict(), tmp_path / 'w.pt', **options)
-        assert (checkpoint.fingerprint(checkpoint.load_checkpoint(tmp_path / 'w.pt', 'resnet18', 10, width=4)[0])
-                == checkpoint.fingerprint(net))
+        loaded = checkpoint.load_checkpoint(tmp_path / 'w.pt', 'resnet18', 10, width=4)[0]
+        assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(net)
     for protocol in (3, 4, 5):
         torch.save(net.state_dict(), tmp_path / 'w.pt', pickle_protocol=protocol)
         try:
@@ -350,11 +361,13 @@ def test_grey_weights_by_name(tmp_path, capsys):
     grey = models.build('resnet18', 10, width=4, channels=1)
     torch.save(grey.state_dict(), tmp_path / 'grey.pt')
     torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'colour.pt')
-    flags = ['--model', 'resnet18', '--width', 4, '--dataset', 'grey', '--data-dir', tmp_path, '--n', 9, '--attacks', 'clean']
+    flags = ['--model', 'resnet18', '--width', 4, '--dataset', 'grey', '--data-dir', tmp_path, '--n', 9,
+             '--attacks', 'clean']
     script = run('evaluate.py', tmp_path / 'grey.pt', *flags, '--transfer-from', tmp_path / 'grey.pt')
     assert checkpoint.fingerprint(script['model']) == checkpoint.fingerprint(grey)
     assert script['x_test'].shape == (9, 1, 32, 32)
-    script = run('evaluate.py', tmp_path / 'grey.pt', *flags, '--mean', 0.5, '--std', 0.2, '--out', tmp_path / 'e.json')
+    standardised = [*flags, '--mean', 0.5, '--std', 0.2, '--out', tmp_path / 'e.json']
+    script = run('evaluate.py', tmp_path / 'grey.pt', *standardised)
     assert script['model'].config['mean'] == [0.5]
     for flags in (flags, [*flags, '--mean', 0.5, 0.5, 0.5, '--std', 0.2, 0.2, 0.2]):
         weights = tmp_path / ('grey.pt' if '--mean' in flags else 'colour.pt')
@@ -365,8 +378,10 @@ def test_grey_weights_by_name(tmp_path, capsys):
         assert e.value.code == 2 and err.count('\n') == 1 and ('(4, 3, 3, 3)' in err or '--mean' in err)
 
 def test_the_report_says_which_weights_were_taken(net, tmp_path):
-    torch.save({'state_dict': torchvisions(net.state_dict()), 'model_ema': net.state_dict()}, tmp_path / 'both.pt')
-    run('evaluate.py', tmp_path / 'both.pt', '--model', 'resnet18', '--width', 4, *SYNTHETIC, '--out', tmp_path / 'e.json')
+    both = {'state_dict': torchvisions(net.state_dict()), 'model_ema': net.state_dict()}
+    torch.save(both, tmp_path / 'both.pt')
+    run('evaluate.py', tmp_path / 'both.pt', '--model', 'resnet18', '--width', 4, *SYNTHETIC,
+        '--out', tmp_path / 'e.json')
     report = json.loads((tmp_path / 'e.json').read_text())
     for text in ('weights: state_dict;', 'also holds model_ema', 'keys renamed', 'not standardised'):
         assert text in report['weights']
@@ -377,15 +392,15 @@ def test_the_report_says_which_weights_were_taken(net, tmp_path):
 
 @pytest.fixture(scope='module')
 def own(theirs, tmp_path_factory):
-    """A student that train_adv.py trained of the code in theirs, under a teacher of the same; and the last lines said."""
+    """A student that train_adv.py trained of the code in theirs, and a teacher of the same; what was said."""
     out, said = tmp_path_factory.mktemp('own'), []
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(files_of_ours, 'say', lambda *lines: said.extend(lines))
     monkeypatch.setattr('support.runs.say', lambda *lines: said.extend(lines))
     tiny = ['--dataset', 'synthetic', '--subset', 64, '--epochs', 1, '--model', f'{theirs}/net.py:make']
     run('train_teacher.py', *tiny, '--out', out / 'teacher')
-    run('train_adv.py', *tiny, '--steps', 1, '--ema', 0.9, '--loss', 'logit_mse', '--teacher', out / 'teacher/best.pt',
-        '--out', out)
+    run('train_adv.py', *tiny, '--steps', 1, '--ema', 0.9, '--loss', 'logit_mse', '--out', out,
+        '--teacher', out / 'teacher/best.pt')
     monkeypatch.undo()
     assert sys.modules['data'] is data and sys.modules['losses'] is losses
     return out, said
@@ -417,7 +432,8 @@ def test_code_that_a_file_names_runs_only_if_the_user_names_it(hostile):
     assert status == 0 and not err and (hostile / 'ran').exists()
 
 @pytest.mark.parametrize('script, flags, flag', [
-    ('evaluate.py', '{w} --model resnet18', '--model'), ('evaluate.py', '{ok} --transfer-from {w}', '--transfer-model'),
+    ('evaluate.py', '{w} --model resnet18', '--model'),
+    ('evaluate.py', '{ok} --transfer-from {w}', '--transfer-model'),
     ('train_adv.py', '--loss logit_mse --teacher {w}', '--teacher-model'),
     ('train_adv.py', '--loss pgd_at --warm-start {w}', '--model'), ('tools/audit.py', '{w}', '--model')])
 def test_nor_does_any_other_way_to_a_file(script, flags, flag, hostile, net, tmp_path, capsys):
@@ -425,7 +441,10 @@ def test_nor_does_any_other_way_to_a_file(script, flags, flag, hostile, net, tmp
         os.remove(hostile / 'ran')
     checkpoint.save_checkpoint(tmp_path / 'ok.pt', net, dataset='synthetic')
     argv = flags.format(w=hostile / 'w.pt', ok=tmp_path / 'ok.pt').split()
-    argv += ['--n', 9] if script != 'train_adv.py' else ['--subset', 64, '--width', 4, '--epochs', 1, '--out', tmp_path / 'm']
+    if script == 'train_adv.py':
+        argv += ['--subset', 64, '--width', 4, '--epochs', 1, '--out', tmp_path / 'm']
+    else:
+        argv += ['--n', 9]
     with pytest.raises(SystemExit) as e:
         run(script, '--dataset', 'synthetic', *argv)
     err = capsys.readouterr().err
