@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-import warnings
 
 import torch
 
@@ -19,6 +18,7 @@ import models
 from support import ddp, describe, files, state_dicts
 from support.files import Refused, save, say
 from support.foreign import from_file
+from support.state_dicts import read
 from support.validation import clean_and_pgd
 
 def fingerprint(net):
@@ -40,32 +40,6 @@ def save_checkpoint(path, net, **meta):
     it again, and whatever the caller adds."""
     weights = {k: v.cpu() for k, v in net.state_dict().items()}
     save(path, {'state_dict': weights, 'config': net.config, **meta})
-
-def read(path):
-    """What torch.save wrote to path, on the CPU.
-    Raises Refused for anything else, one line that says what it is."""
-    try:
-        with open(path, 'rb') as f:
-            head = f.read(64)
-    except OSError as e:
-        raise Refused(f'cannot read {path}: {e.strerror}') from e
-    if head.lstrip().startswith(b'<'):
-        raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
-    if str(path).endswith('.safetensors') or head[8:9] == b'{':        # a length of 8 bytes, then JSON
-        return state_dicts.safetensors(path)
-    state_dicts.refuse_damaged(path)
-    try:
-        with torch.serialization.safe_globals(state_dicts.SAFE), warnings.catch_warnings():
-            warnings.simplefilter('ignore')         # of the pickle's protocol, which is named below
-            return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                          # zip, pickle, EOF, EINVAL: whatever a file provokes
-        why = state_dicts.why_not_loaded(path)
-        if why:
-            raise Refused(f'{path} {why}') from e
-        if 'Unsupported' in str(e):
-            raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
-                          'save its state dict alone') from e
-        raise Refused(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
 
 def is_ours(ckpt):
     """Written by save_checkpoint: it says what to build."""

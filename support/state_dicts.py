@@ -1,13 +1,15 @@
 """
 Somebody else's weights: files that are not ours, the state dict in them, the keys that a network expects.
 
-    found(content)                                # the state dict in what torch.load gave, and where it was
+    content = read('other.pt')                           # whatever wrote it; nothing in it is run
+    weights, where, others = found(content)
     weights, notes = fitted(weights, net.state_dict())   # keys as they are first, then less and less so
 """
 import argparse
 import contextlib
 import pickletools
 import re
+import warnings
 import zipfile
 
 import numpy as np
@@ -31,7 +33,33 @@ HARMLESS = {'builtins.set', '__builtin__.set', 'builtins.bytearray', 'builtins.l
 # -----------------------------------------------------------------------------
 # files
 
-def refuse_damaged(path):
+def read(path):
+    """What torch.save wrote to path, on the CPU.
+    Raises Refused for anything else, one line that says what it is."""
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(64)
+    except OSError as e:
+        raise Refused(f'cannot read {path}: {e.strerror}') from e
+    if head.lstrip().startswith(b'<'):
+        raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
+    if str(path).endswith('.safetensors') or head[8:9] == b'{':        # a length of 8 bytes, then JSON
+        return _safetensors(path)
+    _refuse_damaged(path)
+    try:
+        with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
+            warnings.simplefilter('ignore')         # of the pickle's protocol, which is named below
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:                          # zip, pickle, EOF, EINVAL: whatever a file provokes
+        why = _why_not_loaded(path)
+        if why:
+            raise Refused(f'{path} {why}') from e
+        if 'Unsupported' in str(e):
+            raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
+                          'save its state dict alone') from e
+        raise Refused(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
+
+def _refuse_damaged(path):
     """Raises Refused if path is a zip file, as torch.save writes, with a checksum that is not its own."""
     if not zipfile.is_zipfile(path):
         return
@@ -43,7 +71,7 @@ def refuse_damaged(path):
     if damaged:
         raise Refused(f'{path} is damaged: {damaged} in it fails its checksum: copy it again')
 
-def safetensors(path):
+def _safetensors(path):
     """The state dict in a safetensors file. Raises Refused."""
     try:
         from safetensors.torch import load_file
@@ -55,7 +83,7 @@ def safetensors(path):
         problem = f'{path} is a damaged safetensors file ({type(e).__name__}: {e})'
         raise Refused(problem.splitlines()[0]) from e
 
-def why_not_loaded(path):
+def _why_not_loaded(path):
     """What in a file's pickle keeps torch.load(weights_only=True) from it, as half a sentence, or None."""
     protocol, names = _pickled(path)
     evil = [n for n in names if n.split('.')[0] in DANGEROUS and n not in HARMLESS]
