@@ -1,5 +1,6 @@
 """
-tools/bench.py as a user runs it; what it times computes the same as the plain implementation and as train_adv.py.
+tools/bench.py as a user runs it; what it times computes the same as the plain implementation and as
+train_adv.py.
 """
 import json
 import subprocess
@@ -31,9 +32,10 @@ def trades_loss(model, x_natural, y, optimizer, step_size, epsilon, perturb_step
 
 def test_as_a_user_runs_it(tmp_path):
     (tmp_path / 'trades.py').write_text(AUTHORS)
-    done = subprocess.run([sys.executable, '-m', 'tools.bench', '--loss', 'trades', *SMALL, '--seconds', '0.5',
-                           '--authors', tmp_path / 'trades.py', '--add', 'folded', 'fused', '--profile',
-                           '--json', tmp_path / 'b.json'], cwd=HERE, capture_output=True, text=True)
+    command = [sys.executable, '-m', 'tools.bench', '--loss', 'trades', *SMALL, '--seconds', '0.5',
+               '--profile', '--authors', tmp_path / 'trades.py', '--add', 'folded', 'fused',
+               '--json', tmp_path / 'b.json']
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'b.json').read_text())
     rows = report['rows']
@@ -75,7 +77,8 @@ def test_tricks_are_each_alone_and_each_left_out(monkeypatch):
         assert rows[f'plain + {trick}'].tricks == Tricks(**{trick: True})
         name = f'fast {"-" if getattr(fast, trick) else "+"} {trick}'
         assert rows[name].tricks == fast._replace(**{trick: not getattr(fast, trick)})
-    assert not any('graphs' in name or 'amp' in name or 'folded' in name for name in rows)     # nothing to measure here
+    # nothing to measure here
+    assert not any('graphs' in name or 'amp' in name or 'folded' in name for name in rows)
 
 # A gradient next to zero may have either sign, and its pixel then goes the other way: fast and plain may
 # differ at one pixel in a thousand, and elsewhere not at all
@@ -101,7 +104,8 @@ def test_fast_equals_plain(loss):
     s = setting(loss)
     x_adv, value, weights = stepped(steps.plain(s))
     assert 0.5 < ((x_adv - X).abs() * 255).mean() <= 8.001
-    for tricks in Tricks(), steps.of_train_adv(s), Tricks(once=True, fused=True):   # channels_last draws in another order
+    # not channels_last, which draws in another order
+    for tricks in Tricks(), steps.of_train_adv(s), Tricks(once=True, fused=True):
         x_adv2, value2, weights2 = stepped(steps.ours(s, tricks))
         assert agree(x_adv, x_adv2), tricks
         assert torch.allclose(value, value2, rtol=1e-3), tricks
@@ -149,11 +153,12 @@ def test_scaling_varies_one_thing_at_a_time_and_starts_trainings(tmp_path, monke
     monkeypatch.setattr(scaling, 'IMAGES', 64)
     monkeypatch.setattr(scaling, 'EPOCHS', 2)
     run_of = scaling.subprocess.run
-    eager = lambda command, **options: run_of([c for c in command if c != '--compile'], **options)    # seconds
+    def eager(command, **options):                  # seconds
+        return run_of([part for part in command if part != '--compile'], **options)
     monkeypatch.setattr(scaling.subprocess, 'run', eager)
     with pytest.raises(SystemExit) as stop:
-        run('tools/bench.py', '--scaling', '--width', 8, '--batch-sizes', 32, '--widths', 8, '--attack-steps', 1,
-            '--batch-size', 32, '--steps', 1, '--json', tmp_path / 's.json')
+        run('tools/bench.py', '--scaling', '--width', 8, '--batch-sizes', 32, '--widths', 8,
+            '--attack-steps', 1, '--batch-size', 32, '--steps', 1, '--json', tmp_path / 's.json')
     assert stop.value.code is None
     report = json.loads((tmp_path / 's.json').read_text())
     assert [row['point'] for row in report['rows']] == [dict(base, batch_size=32, steps=1)]
@@ -162,7 +167,8 @@ def test_scaling_varies_one_thing_at_a_time_and_starts_trainings(tmp_path, monke
 @pytest.mark.parametrize('flags, message', [
     ('--loss hat', 'also needs logits_helper t_logits_adv'), ('--loss standard', 'attacks nothing'),
     ('--loss advprop', 'second BN'), ('--loss trades --gamma 1', '--loss trades takes --beta'),
-    ('--loss trades --batch-size 1', '--batch-size 1: a number, at least 2'), ('--seconds 0', '--seconds 0.0: a number'),
+    ('--loss trades --batch-size 1', '--batch-size 1: a number, at least 2'),
+    ('--seconds 0', '--seconds 0.0: a number'),
     ('--model resnet7', "unknown model 'resnet7'"), ('--json /proc/x/y.json', '/proc/x'),
     ('--authors nowhere.py', 'there is no nowhere.py')])
 def test_wrong_flags_are_one_line(flags, message, capsys):
@@ -183,9 +189,9 @@ def test_train_adv_attacks_the_folded_network_as_it_is_now(tmp_path, monkeypatch
     """The rule made to say yes, and without the minute that compiling takes."""
     monkeypatch.setattr(models, 'folding_pays', lambda *args: True)
     monkeypatch.setattr(torch, 'compile', lambda net, **options: net)
-    train = run('train_adv.py', '--loss', 'logit_mse', *TINY[:2], '--width', 8, '--subset', 32, '--batch-size', 16,
-                '--epochs', 2, '--steps', 3, '--init', 'uniform', '--amp', 'off', '--compile', '--out', tmp_path,
-                '--teacher', made(tmp_path / 'teacher.pt'))
+    train = run('train_adv.py', '--loss', 'logit_mse', *TINY[:2], '--width', 8, '--subset', 32,
+                '--batch-size', 16, '--epochs', 1, '--steps', 3, '--init', 'uniform', '--amp', 'off',
+                '--compile', '--out', tmp_path, '--teacher', made(tmp_path / 'teacher.pt'))
     live = train['craft'].__globals__
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in live['attacked_net'].copy.modules())
     live['scheduler'] = torch.optim.lr_scheduler.ConstantLR(live['optimizer'], factor=1.0)

@@ -1,8 +1,9 @@
 """
-What only a GPU can show: pytest tests/test_cuda.py, by itself, since the other tests hide the GPU. Skipped without one.
+What only a GPU can show: pytest tests/test_cuda.py, by itself, since the other tests hide the GPU. Skipped
+without one.
 
-With REHEARSE=1 what can be run on a CPU runs there, in place of the GPU and on few images: it shows that these tests
-have no slip of their own, and nothing else.
+With REHEARSE=1 what can be run on a CPU runs there, in place of the GPU and on few images: it shows that
+these tests have no slip of their own, and nothing else.
 """
 import copy
 import json
@@ -10,7 +11,7 @@ import os
 import subprocess
 import sys
 
-os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # before CUDA starts: deterministic matrix products
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')     # before CUDA starts: deterministic products
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from tools.steps import Tricks
 
 CUDA, REHEARSAL = torch.cuda.is_available(), bool(os.environ.get('REHEARSE'))
 DEVICE = torch.device('cuda' if CUDA else 'cpu')
-pytestmark = pytest.mark.skipif(not (CUDA or REHEARSAL), reason='needs a GPU: pytest tests/test_cuda.py alone')
+pytestmark = pytest.mark.skipif(not (CUDA or REHEARSAL), reason='needs a GPU, and to be run alone')
 gpu_alone = pytest.mark.skipif(not CUDA, reason='needs a GPU')
 HALVES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 # a rehearsal takes a few, and small ones
@@ -42,18 +43,19 @@ Y = torch.arange(n) % 10
 @pytest.fixture(autouse=True)
 def as_before():
     """Scripts set these for their whole process."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.allow_tf32, cudnn.benchmark
     yield
-    torch.set_float32_matmul_precision(before[0])
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = before[1:]
+    torch.set_float32_matmul_precision(precision)
+    cudnn.allow_tf32, cudnn.benchmark = before
     torch.use_deterministic_algorithms(False)
 
 @pytest.fixture(scope='module')
 def robust(tmp_path_factory):
     """A network that withstands a little: the checkpoint's path."""
     out = tmp_path_factory.mktemp('robust')
-    run('train_adv.py', '--loss', 'pgd_at', *TINY[:2], '--width', 8, '--epochs', 4 if CUDA else 1, '--steps', 2,
-        '--subset', 512 if CUDA else 64, '--amp', 'off', '--out', out)
+    run('train_adv.py', '--loss', 'pgd_at', *TINY[:2], '--width', 8, '--epochs', 4 if CUDA else 1,
+        '--steps', 2, '--subset', 512 if CUDA else 64, '--amp', 'off', '--out', out)
     return out / 'last.pt'
 
 @pytest.fixture(scope='module')
@@ -102,7 +104,8 @@ def test_logits_gradients_and_attacks_are_those_of_the_cpu(name, precision):
     logits, grad, one, ten = seen(net)
     there = copy.deepcopy(net).to(DEVICE, memory_format=models.layout(DEVICE))
     logits2, grad2, one2, ten2 = seen(there, HALVES.get(precision))
-    off, cosine, signs = {'fp32': (1e-3, 0.9999, 0.99), 'bf16': (0.05, 0.9, 0.75), 'fp16': (0.01, 0.99, 0.9)}[precision]
+    off, cosine, signs = {'fp32': (1e-3, 0.9999, 0.99), 'bf16': (0.05, 0.9, 0.75),
+                          'fp16': (0.01, 0.99, 0.9)}[precision]
     assert ((logits2 - logits).abs().max() / logits.abs().max()) < off
     assert F.cosine_similarity(grad.flatten(), grad2.flatten(), dim=0) > cosine
     assert ((one2 - one).abs() < 1e-6).float().mean() > signs
@@ -150,15 +153,18 @@ def stepped(side):
         update(x, y)
     return x_adv.cpu(), torch.cat([p.detach().flatten() for p in net.parameters()]).cpu()
 
+COMPILED = Tricks(once=True, frozen=True, compile_attack=True, compile_update=True)
+
 @pytest.mark.parametrize('tricks', [
-    Tricks(once=True, frozen=True, compile_attack=True, compile_update=True),
-    pytest.param(Tricks(once=True, frozen=True, compile_attack=True, compile_update=True, graphs=True), marks=gpu_alone),
-    Tricks(once=True, frozen=True, folded=True), Tricks(fused=True)], ids=['compile', 'graphs', 'folded', 'fused'])
+    COMPILED, pytest.param(COMPILED._replace(graphs=True), marks=gpu_alone),
+    Tricks(once=True, frozen=True, folded=True), Tricks(fused=True)],
+    ids=['compile', 'graphs', 'folded', 'fused'])
 @pytest.mark.parametrize('loss', ['trades', 'logit_mse'] if CUDA else ['trades'])
 def test_compiled_and_graphs_compute_what_eager_does(loss, tricks):
     torch.backends.cudnn.allow_tf32 = False
     method = METHODS[loss]._replace(settings=dict(init='uniform'))
-    setting = steps.Setting(method, losses.hparams(method.loss), DEVICE, None, 3, dict(name=NETWORKS[0], width=WIDTH))
+    setting = steps.Setting(method, losses.hparams(method.loss), DEVICE, None, 3,
+                            dict(name=NETWORKS[0], width=WIDTH))
     x_adv, weights = stepped(steps.plain(setting))
     x_adv2, weights2 = stepped(steps.ours(setting, tricks))
     # a gradient next to zero may have either sign
@@ -168,8 +174,9 @@ def test_compiled_and_graphs_compute_what_eager_does(loss, tricks):
 def test_train_adv_compiled_crafts_and_updates_as_eager(tmp_path):
     found = []
     for flags in [], ['--compile']:
-        script = run('train_adv.py', *TINY[:2], '--loss', 'trades', '--model', 'wrn-10-1', '--width', 8, '--subset', 64,
-                     '--epochs', 1, '--steps', 2, '--init', 'uniform', '--amp', 'off', '--out', tmp_path / f'{flags}', *flags)
+        script = run('train_adv.py', *TINY[:2], '--loss', 'trades', '--model', 'wrn-10-1', '--width', 8,
+                     '--subset', 64, '--epochs', 1, '--steps', 2, '--init', 'uniform', '--amp', 'off',
+                     '--out', tmp_path / f'{flags}', *flags)
         live = script['update'].__globals__
         torch.manual_seed(7)
         live['student'].load_state_dict(models.build('wrn-10-1', 10, width=8).state_dict())
@@ -195,8 +202,8 @@ def trained(out, monkeypatch, flags, stop_after=None):
             torch.backends.cudnn.benchmark = False          # it may choose another kernel in the next process
             return dtype
         patch.setattr(models, 'precision', deterministic)
-        argv = ['train_adv.py', '--loss', 'dkl', *TINY, '--epochs', 2, '--steps', 2, '--batch-size', 16, '--awp', 0.01,
-                '--awp-warmup', 0, '--out', out, *flags]
+        argv = ['train_adv.py', '--loss', 'dkl', *TINY, '--epochs', 2, '--steps', 2, '--batch-size', 16,
+                '--awp', 0.01, '--awp-warmup', 0, '--out', out, *flags]
         if stop_after is not None:
             save_if_due, counted = runs.Run.save_if_due, []
             def stopping(self, state):
@@ -231,8 +238,9 @@ def test_resumed_without_them_differs_by_rounding(tmp_path, monkeypatch):
 @pytest.mark.parametrize('flags', [[], ['--fast']], ids=['eager', 'fast'])
 def test_evaluation_image_by_image_against_the_cpu(flags, robust, tmp_path):
     what = ['--n', str(n), '--eps', '8', '--no-audit', '--attacks', 'clean', 'fgsm', 'pgd', 'aa-fast']
-    command = [sys.executable, str(HERE / 'evaluate.py'), str(robust), *what, '--out', str(tmp_path / 'cpu.json')]
-    subprocess.run(command, check=True, env=dict(os.environ, CUDA_VISIBLE_DEVICES=''), stdout=subprocess.DEVNULL)
+    command = [sys.executable, HERE / 'evaluate.py', robust, *what, '--out', tmp_path / 'cpu.json']
+    hidden = dict(os.environ, CUDA_VISIBLE_DEVICES='')
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=hidden)
     run('evaluate.py', robust, *what, *flags, '--out', tmp_path / 'gpu.json')
     here, there = [json.loads((tmp_path / name).read_text())['results'] for name in ('cpu.json', 'gpu.json')]
     assert here['clean']['robust'] == there['clean']['robust']
@@ -246,9 +254,10 @@ def test_evaluation_image_by_image_against_the_cpu(flags, robust, tmp_path):
 @gpu_alone
 def test_more_processes_than_gpus_are_refused(tmp_path):
     processes = torch.cuda.device_count() + 1
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}',
-                           str(HERE / 'train_adv.py'), '--loss', 'pgd_at', *TINY, '--out', str(tmp_path / 'run')],
-                          capture_output=True, text=True, timeout=300)
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone',
+                f'--nproc-per-node={processes}']
+    command = [*torchrun, HERE / 'train_adv.py', '--loss', 'pgd_at', *TINY, '--out', tmp_path / 'run']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode and f'{processes} processes on {processes - 1} GPUs' in done.stderr
     assert 'Traceback' not in done.stderr.split('torch.distributed')[0]
 
@@ -260,8 +269,8 @@ def test_out_of_memory_is_one_line(tmp_path):
     torch.cuda.set_per_process_memory_fraction((held + 2 ** 28) / whole)
     try:
         with pytest.raises(SystemExit) as stop:
-            run('train_adv.py', '--loss', 'pgd_at', '--dataset', 'synthetic', '--width', 64, '--batch-size', 512,
-                '--epochs', 1, '--steps', 2, '--out', tmp_path)
+            run('train_adv.py', '--loss', 'pgd_at', '--dataset', 'synthetic', '--width', 64,
+                '--batch-size', 512, '--epochs', 1, '--steps', 2, '--out', tmp_path)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """
-float16, which nobody trains in on a CPU: autocast and GradScaler exist there, so that scaling, skipped steps, AWP and the
-schedule are run and not only read.
+float16, which nobody trains in on a CPU: autocast and GradScaler exist there, so that scaling, skipped steps,
+AWP and the schedule are run and not only read.
 """
 import copy
 import warnings
@@ -30,8 +30,8 @@ def train(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, 'clean_and_pgd', judge)
 
     def start(*flags):
-        script = run('train_adv.py', *TINY, '--subset', 8, '--batch-size', 4, '--epochs', 1, '--steps', 2, '--amp', 'fp16',
-                     '--out', tmp_path / 'run', *flags)
+        script = run('train_adv.py', *TINY, '--subset', 8, '--batch-size', 4, '--epochs', 1, '--steps', 2,
+                     '--amp', 'fp16', '--out', tmp_path / 'run', *flags)
         live = script['update'].__globals__
         live['student'].train()
         # its own schedule has ended
@@ -52,8 +52,8 @@ def sound(live):
     return all(bool(v.isfinite().all()) for net in networks for v in net.state_dict().values())
 
 def moved_by(live, dtype):
-    """What one update on a given x_adv adds to the weights in this precision, and its loss; everything is as before
-    afterwards."""
+    """What one update on a given x_adv adds to the weights in this precision, and its loss; everything is as
+    before afterwards."""
     before = [(thing, copy.deepcopy(thing.state_dict())) for thing in
               (live['student'], live['guide'], live['optimizer'], live['scheduler']) if thing]
     scaler, start = live['scaler'], weights(live)
@@ -110,7 +110,7 @@ def test_a_first_step_that_is_skipped_is_no_warning(train, monkeypatch):
 
 def test_an_attack_that_overflows_goes_on_with_a_smaller_scale(train, monkeypatch):
     live = train('--loss', 'pgd_at', '--steps', 8, '--init', 'zero')
-    live['method'] = live['method']._replace(fp16_scale=2.0 ** 30)      # 2 to the 30th overflows, to the 14th does not
+    live['method'] = live['method']._replace(fp16_scale=2.0 ** 30)      # 2 ** 30 overflows, 2 ** 14 does not
     x_adv = live['craft'](X, Y)
     assert x_adv.isfinite().all() and ((x_adv - X).abs() * 255).mean() > 2
     loss = live['loss_on'](X, x_adv, Y)

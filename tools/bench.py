@@ -3,13 +3,14 @@ Images per second of a training step and of PGD evaluation, beside a plain imple
 
 $ python -m tools.bench --loss logit_mse --beta 0.2 --width 16               # the ratio
 $ python -m tools.bench --loss trades --width 8 --batch-size 64 --tricks     # each trick alone, and left out
-$ python -m tools.bench --loss trades --width 16 --authors trades.py         # beside the authors' own function
+$ python -m tools.bench --loss trades --width 16 --authors trades.py         # beside the authors' own
 $ python -m tools.bench --scaling --width 8 --batch-size 64 --json scaling.json     # a quarter of an hour
 
-plain is what public code does, fast is train_adv.py --compile; both are in tools/steps.py. The rows take turns, in
-rounds: a row shows the median of its rounds, and of its ratios to plain in the same round. Random images of CIFAR's
-size. FLOPs are what convolutions and matrix products need (a multiply-add is two), also as a share of what a large
-product reaches in the same rounds. On a GPU fp32 is TF32, as in PyTorch's convolutions; evaluation not.
+plain is what public code does, fast is train_adv.py --compile; both are in tools/steps.py. The rows take
+turns, in rounds: a row shows the median of its rounds, and of its ratios to plain in the same round. Random
+images of CIFAR's size. FLOPs are what convolutions and matrix products need (a multiply-add is two), also as
+a share of what a large product reaches in the same rounds. On a GPU fp32 is TF32, as in PyTorch's
+convolutions; evaluation not.
 """
 import argparse
 import json
@@ -53,8 +54,8 @@ arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='of f
 arg('--threads', type=int, default=torch.get_num_threads(), help='of a CPU')
 arg('--seconds', type=float, default=30, help='per row, over all rounds; whole steps, so at least')
 arg('--tricks', action='store_true', help='also each trick alone, each left out of fast, and those not in it')
-arg('--add', nargs='+', default=[], choices=Tricks._fields, metavar='TRICK', help='also fast with all of these')
-arg('--authors', metavar='PY', help="trades.py of the TRADES repository: also its trades_loss, in its own loop")
+arg('--add', nargs='+', default=[], choices=Tricks._fields, metavar='TRICK', help='also fast with all these')
+arg('--authors', metavar='PY', help="TRADES' own trades.py: also its trades_loss, in its own loop")
 arg('--profile', action='store_true', help='at the end, where the time of a fast step goes')
 arg('--json', metavar='FILE', help='the table, every round of it; written anew after each row')
 arg('--scaling', action='store_true', help='of train_adv.py --loss trades; a figure is drawn beside --json')
@@ -237,20 +238,22 @@ def report():
         if not rates[name]:
             continue
         rate = statistics.median(rates[name])
-        table[name] = dict(tricks=[trick for trick, on in row.tricks._asdict().items() if on], images_per_s=rate,
-                           ratio=ratio(name, row.against or name), rounds=rates[name],
+        of_peak = ratio(name, row.peak) * row.flops / rows[row.peak].flops
+        table[name] = dict(tricks=[trick for trick, on in row.tricks._asdict().items() if on],
+                           images_per_s=rate, ratio=ratio(name, row.against or name), rounds=rates[name],
                            mflop_per_image=row.flops / 1e6, gflop_per_s=rate * row.flops / 1e9,
-                           share_of_peak=ratio(name, row.peak) * row.flops / rows[row.peak].flops, **memory[name])
+                           share_of_peak=of_peak, **memory[name])
+    memory_held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return dict(config, ratio=ratio('fast', 'plain'),
                 evaluation_ratio=ratio('evaluation, compiled', 'evaluation, plain'),
-                peak_rss_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, rows=table, failed=failed)
+                peak_rss_mib=memory_held, rows=table, failed=failed)
 
 def ready(name):
     """Warms it up. -> did it work?"""
     t0 = time.perf_counter()
     try:
         memory[name] = warm_up(name)
-    except Exception as e:                          # a compiler's or a driver's; the other rows are still worth having
+    except Exception as e:              # a compiler's or a driver's; the other rows are still worth having
         if name in needed:
             raise
         traceback.print_exc()
@@ -274,7 +277,9 @@ except KeyboardInterrupt:
 found = report()
 print(f'{"":<28}{"images/s":>10}{"ratio":>8}{"MFLOP/image":>13}{"GFLOP/s":>10}{"of peak":>9}')
 for name, r in found['rows'].items():
-    shown = f'{r["images_per_s"]:10.1f}{r["ratio"]:8.2f}{r["mflop_per_image"]:13.1f}' if rows[name].against else ' ' * 31
+    shown = ' ' * 31
+    if rows[name].against:
+        shown = f'{r["images_per_s"]:10.1f}{r["ratio"]:8.2f}{r["mflop_per_image"]:13.1f}'
     print(f'{name:<28}{shown}{r["gflop_per_s"]:10.1f}{r["share_of_peak"]:9.2f}')
 for name, text in failed.items():
     print(f'{name:<28} FAILED: {text}')

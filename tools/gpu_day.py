@@ -1,16 +1,17 @@
 """
-Half an hour on a GPU, as one command: test the CUDA paths, measure the speed, train and evaluate the paper's rows.
+Half an hour on a GPU, as one command: test the CUDA paths, measure the speed, train and evaluate the paper's
+rows.
 
-$ python -m tools.gpu_day --minutes 25 --out runs/gpu_day            # with CIFAR-10 as data/cifar10.npz: no internet
-$ python -m tools.gpu_day --minutes 25 --out runs/gpu_day --now 9    # nine of them now; the same line continues
-$ python -m tools.gpu_day --rehearse --out /tmp/rehearsal            # all of it on a CPU, tiny, in under 3 minutes
-$ python -m tools.gpu_day --join runs/gpu_day/back/logit_mse         # the weights that came back, as one checkpoint
+$ python -m tools.gpu_day --minutes 25 --out runs/gpu_day          # CIFAR-10 is data/cifar10.npz: no internet
+$ python -m tools.gpu_day --minutes 25 --out runs/gpu_day --now 9  # nine of them now; the same line continues
+$ python -m tools.gpu_day --rehearse --out /tmp/rehearsal          # on a CPU, tiny, in under 3 minutes
+$ python -m tools.gpu_day --join runs/gpu_day/back/logit_mse       # the weights that came back, as one file
 
-The steps are data: see steps_of. Each gets its share of the time that is left, and what one leaves over goes to the
-next. A training is planned before it starts: a short one has shown how long an epoch takes, and as many of 100 are asked
-for as fit, so that the schedule is annealed to its end. Whatever is stopped is continued, and whatever fails is
-reported, the steps that need it are left out, and the next time they are tried again. DIR/back is what to bring home:
-logs, JSON, figures, weights in half precision in pieces of at most 15 MB.
+The steps are data, STEPS. Each gets its share of the time that is left; what one leaves over goes to the
+next. A training is planned before it starts: a short one has shown how long an epoch takes, and as many of
+100 are asked for as fit, so that the schedule is annealed to its end. What is stopped is continued; what
+fails is reported, the steps that need it are left out, and the next time they are tried again. DIR/back is
+what to bring home: logs, JSON, figures, weights in half precision in pieces of at most 15 MB.
 """
 import argparse
 import glob
@@ -31,78 +32,80 @@ from support.files import Refused, atomic, say
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PIECE = 15_000_000                  # bytes
-EPOCHS = 100                        # the paper's
-WAYS = 'rate-eager', 'rate-compile', 'rate-graphs'          # to take the same step
+
+# -----------------------------------------------------------------------------
+# what is done, in this order
 
 class Step(NamedTuple):
     name: str
-    command: str                    # of python; {epochs} and {fast} are planned
-    minutes: float                  # its share of the time is as this number to the sum of those of all that are left
+    command: str                    # of python; {...} is a setting, the folder, or planned
     product: str                    # the file in DIR that it makes, beside NAME.log
+    share: float                    # of the time that is left, beside the shares of all that are left
     needs: tuple = ()               # steps that have to be done before
-    rate: str = ''                  # the step whose log says how long an epoch takes, if this is a training
-    statuses: tuple = (0,)          # with which it counts as done: of tests that fail the log is the result
+    rates: tuple = ()               # of a training: the steps whose logs say how long an epoch takes
+    statuses: tuple = (0,)          # with which it is done: of tests that fail the log is the result
     env: dict = {}
 
+REAL = dict(net='--dataset cifar10 --data-dir {data}', attack='', tests='', tricks='--tricks',
+            bench='--seconds 4', small=128, large=512, whole='--n 10000 --batch-size 1000',
+            part='--n 1000 --batch-size 500', most=100)
+REHEARSAL = dict(net='--dataset synthetic --model wrn-10-1 --width 8 --subset 64 --batch-size 16 --amp off',
+                 attack='--steps 2', tests='-k "logits or folded"', tricks='--add fused',
+                 bench='--model wrn-10-1 --width 8 --steps 2 --seconds 0.05',
+                 small=16, large=16,       # one shape, compiled once
+                 whole='--n 16', part='--n 8', most=2)
+
+BENCH = '-m tools.bench --loss logit_mse {bench}'
+TEACHER = 'train_teacher.py {net} --save-minutes 1 --compile'
+LOGIT_MSE = ('train_adv.py {net} {attack} --save-minutes 1 --loss logit_mse --beta 0.2 '
+             '--teacher {dir}/runs/teacher/best.pt')
+TRADES = 'train_adv.py {net} {attack} --save-minutes 1 --loss trades --beta 5'
+GRAPHS = dict(TORCHINDUCTOR_CUDAGRAPHS='1')
+WAYS = 'rate-eager', 'rate-compile', 'rate-graphs'      # to take the same step: the fastest is taken
+
+STEPS = [
+    Step('versions', '-m torch.utils.collect_env', 'versions.log', 0.5),
+    Step('tests', '-m pytest -q -p no:cacheprovider tests/test_cuda.py {tests}', 'tests.log', 5,
+         statuses=(0, 1)),
+    Step('bench-small', f'{BENCH} --batch-size {{small}} --profile --json {{dir}}/bench-small.json',
+         'bench-small.json', 1),
+    Step('bench-large', f'{BENCH} --batch-size {{large}} --profile --json {{dir}}/bench-large.json',
+         'bench-large.json', 1),
+    Step('tricks', f'{BENCH} --batch-size {{small}} {{tricks}} --json {{dir}}/tricks.json', 'tricks.json', 3),
+    Step('rate-teacher', f'{TEACHER} --epochs 3 --out {{dir}}/runs/rate-teacher',
+         'runs/rate-teacher/last.pt', 0.7),
+    Step('teacher', f'{TEACHER} --epochs {{epochs}} --out {{dir}}/runs/teacher --resume',
+         'runs/teacher/last.pt', 2, rates=('rate-teacher',)),
+    Step('rate-eager', f'{LOGIT_MSE} --epochs 3 --out {{dir}}/runs/rate-eager',
+         'runs/rate-eager/last.pt', 0.7, needs=('teacher',)),
+    Step('rate-compile', f'{LOGIT_MSE} --epochs 3 --compile --out {{dir}}/runs/rate-compile',
+         'runs/rate-compile/last.pt', 1, needs=('teacher',)),
+    Step('rate-graphs', f'{LOGIT_MSE} --epochs 3 --compile --out {{dir}}/runs/rate-graphs',
+         'runs/rate-graphs/last.pt', 1, needs=('teacher',), env=GRAPHS)]
+for name, command, needs in ('logit_mse', LOGIT_MSE, ('teacher',)), ('trades', TRADES, ()):
+    STEPS += [
+        Step(name, f'{command} --epochs {{epochs}} {{fast}} --out {{dir}}/runs/{name} --resume',
+             f'runs/{name}/last.pt', 7, needs, WAYS),
+        Step(f'{name}-fast', f'evaluate.py {{dir}}/runs/{name}/best.pt {{whole}} --fast '
+             f'--attacks clean pgd autoattack --out {{dir}}/{name}-fast.json',
+             f'{name}-fast.json', 3, (name,)),
+        Step(f'{name}-eager', f'evaluate.py {{dir}}/runs/{name}/best.pt {{part}} --no-audit '
+             f'--attacks clean autoattack --out {{dir}}/{name}-eager.json',
+             f'{name}-eager.json', 1.5, (name,))]
+STEPS.append(Step('figures', '-m tools.figures {dir}/logit_mse-fast.json {dir}/trades-fast.json '
+                  '--checkpoint none --out {dir}/back/figures',
+                  'back/figures', 0.5, ('logit_mse-fast', 'trades-fast')))
+
 def steps_of(args):
-    """In their order. The minutes are for an H100, together about 25."""
-    if args.rehearse:
-        bench = '--model wrn-10-1 --width 8 --steps 2 --seconds 0.05'
-        net = '--dataset synthetic --model wrn-10-1 --width 8 --subset 64 --batch-size 16 --amp off'
-        attack, some, few, tests = '--steps 2', '--n 16', '--n 8', '-k "logits or folded"'
-        batches, tricks = (4, 8), '--add fused'
-    else:
-        bench = '--seconds 4'
-        net, attack, tests = f'--dataset cifar10 --data-dir {shlex.quote(os.path.abspath(args.data_dir))}', '', ''
-        some, few, batches, tricks = '--n 10000', '--n 1000', (128, 512), '--tricks'
-    out = '--out {dir}/runs'
-    teacher = f'train_teacher.py {net} --save-minutes 1'
-    student = f'train_adv.py {net} {attack} --teacher {{dir}}/runs/teacher/best.pt --save-minutes 1'
-    logit_mse = f'{student} --loss logit_mse --beta 0.2'
-    trades = f'train_adv.py {net} {attack} --save-minutes 1 --loss trades --beta 5'
-    graphs = dict(TORCHINDUCTOR_CUDAGRAPHS='1')
-
-    def evaluations(name):
-        best = f'{{dir}}/runs/{name}/best.pt'
-        return [
-            Step(f'{name}-fast', f'evaluate.py {best} {some} --fast --attacks clean pgd autoattack --out {{dir}}/{name}-fast.json',
-                 3, f'{name}-fast.json', (name,)),
-            Step(f'{name}-eager', f'evaluate.py {best} {few} --attacks clean autoattack --no-audit '
-                 f'--out {{dir}}/{name}-eager.json', 1.5, f'{name}-eager.json', (name,))]
-
-    found = [
-        Step('versions', '-m torch.utils.collect_env', 0.5, 'versions.log'),
-        Step('tests', f'-m pytest -q -p no:cacheprovider tests/test_cuda.py {tests}', 5, 'tests.log', statuses=(0, 1),
-             env=dict(REHEARSE='1') if args.rehearse else {}),
-        *[Step(f'bench-{batch}', f'-m tools.bench --loss logit_mse {bench} --profile --batch-size {batch} '
-               f'--json {{dir}}/bench-{batch}.json', 1, f'bench-{batch}.json') for batch in batches],
-        Step('tricks', f'-m tools.bench --loss logit_mse {bench} {tricks} --batch-size {batches[0]} --json {{dir}}/tricks.json',
-             3, 'tricks.json'),
-        Step('rate-teacher', f'{teacher} --epochs 3 --compile {out}/rate-teacher', 0.7, 'runs/rate-teacher/last.pt'),
-        Step('teacher', f'{teacher} --epochs {{epochs}} --compile {out}/teacher --resume', 2, 'runs/teacher/last.pt',
-             rate='rate-teacher'),
-        # the same three epochs eager, compiled, and with CUDA graphs: the fastest is what the trainings take
-        Step('rate-eager', f'{logit_mse} --epochs 3 {out}/rate-eager', 0.7, 'runs/rate-eager/last.pt', ('teacher',)),
-        Step('rate-compile', f'{logit_mse} --epochs 3 --compile {out}/rate-compile', 1, 'runs/rate-compile/last.pt',
-             ('teacher',)),
-        Step('rate-graphs', f'{logit_mse} --epochs 3 --compile {out}/rate-graphs', 1, 'runs/rate-graphs/last.pt',
-             ('teacher',), env=graphs),
-        Step('logit_mse', f'{logit_mse} --epochs {{epochs}} {{fast}} {out}/logit_mse --resume', 7, 'runs/logit_mse/last.pt',
-             ('teacher',), rate='rate'),
-        *evaluations('logit_mse'),
-        Step('trades', f'{trades} --epochs {{epochs}} {{fast}} {out}/trades --resume', 6, 'runs/trades/last.pt', rate='rate'),
-        *evaluations('trades'),
-        Step('figures', '-m tools.figures {dir}/logit_mse-fast.json {dir}/trades-fast.json --checkpoint none '
-             '--out {dir}/back/figures', 0.5, 'back/figures', ('logit_mse-fast', 'trades-fast'))]
-    if args.rehearse:                   # on a CPU there are no graphs, and one measured rate will do
-        found = [step for step in found if step.name not in ('rate-graphs', 'rate-eager')]
-    return found
+    if args.rehearse:               # a CPU has no graphs, and one measured rate will do
+        return [step for step in STEPS if step.name not in ('rate-graphs', 'rate-eager')]
+    return STEPS
 
 # -----------------------------------------------------------------------------
 # the plan
 
 def seconds_per_epoch(folder):
-    """Of a run that has ended: its last epoch but one, from the log, validation and all. None if there is none."""
+    """Of a run that has ended: its last epoch but one, from the log, validation and all; or None."""
     try:
         with open(f'{folder}/log.jsonl') as f:
             rows = [json.loads(line) for line in f.readlines()[1:]]
@@ -112,19 +115,20 @@ def seconds_per_epoch(folder):
         return None
 
 def planned(step, folder, done, minutes, most):
-    """What {epochs}, at most so many, and {fast} stand for in its command, and what is set in its environment: decided
-    once, by the rates of those that ended well."""
-    names = WAYS if step.rate == 'rate' else [step.rate]
-    rates = {name: seconds_per_epoch(f'{folder}/runs/{name}') for name in names if name in done}
-    rates = {name: seconds for name, seconds in rates.items() if seconds}
+    """What {epochs} (at most so many) and {fast} stand for in its command, and what is set in its
+    environment: decided once, by the rates of those that ended well."""
+    rates = {}
+    for name in step.rates:
+        seconds = seconds_per_epoch(f'{folder}/runs/{name}') if name in done else None
+        if seconds:
+            rates[name] = seconds
     if not rates:
         return dict(epochs=min(10, most), fast='', env={}, why='no rate was measured')
     name = min(rates, key=rates.get)
-    seconds = rates[name]
-    epochs = max(2, min(most, int(0.85 * 60 * minutes / seconds)))          # the rest: start, compilation, noise
-    return dict(epochs=epochs, fast='' if name == 'rate-eager' else '--compile',
-                env=dict(TORCHINDUCTOR_CUDAGRAPHS='1') if name == 'rate-graphs' else {},
-                why=f'{seconds:.2f} s an epoch ({name}), {minutes:.1f} minutes')
+    epochs = int(0.85 * 60 * minutes / rates[name])             # the rest: start, compilation, noise
+    return dict(epochs=max(2, min(most, epochs)), fast='' if name == 'rate-eager' else '--compile',
+                env=GRAPHS if name == 'rate-graphs' else {},
+                why=f'{rates[name]:.2f} s an epoch ({name}), {minutes:.1f} minutes')
 
 # -----------------------------------------------------------------------------
 # a step
@@ -135,13 +139,13 @@ def last_line(path):
     return next((line.strip() for line in reversed(lines) if line.strip()), '')[:100]
 
 def run(step, command, env, log, seconds):
-    """-> its exit status, or None if it was stopped after so many seconds. What it prints goes to the log, and its
-    last line to the screen every 30 seconds."""
+    """-> its exit status, or None if it was stopped after so many seconds. What it prints goes to the log,
+    and the last line of that to the screen every 30 seconds."""
     with open(log, 'a') as f:
         f.write(f'$ python {command}\n')
         f.flush()
-        child = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, stdout=f, stderr=subprocess.STDOUT,
-                                 env=dict(os.environ, **env), start_new_session=True)
+        child = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, start_new_session=True,
+                                 stdout=f, stderr=subprocess.STDOUT, env=dict(os.environ, **env))
         begun = told = time.monotonic()
         try:
             while child.poll() is None and time.monotonic() - begun < seconds:
@@ -176,7 +180,8 @@ def split(path, start):
         room -= size
         pieces[-1][name] = value
     for k, piece in enumerate(pieces, 1):
-        files.save(f'{start}-{k}.pt', dict(known if k == 1 else {}, state_dict=piece, piece=k, pieces=len(pieces)))
+        meta = known if k == 1 else {}
+        files.save(f'{start}-{k}.pt', dict(meta, state_dict=piece, piece=k, pieces=len(pieces)))
 
 def join(start):
     """start-1.pt and so on -> start.pt, a checkpoint in fp32. Raises Refused."""
@@ -184,7 +189,9 @@ def join(start):
     for k in range(2, first.pop('pieces') + 1):
         first['state_dict'].update(checkpoint.read(f'{start}-{k}.pt')['state_dict'])
     del first['piece']
-    first['state_dict'] = {k: v.float() if v.is_floating_point() else v for k, v in first['state_dict'].items()}
+    for name, value in first['state_dict'].items():
+        if value.is_floating_point():
+            first['state_dict'][name] = value.float()
     files.save(f'{start}.pt', first)
 
 def bring_back(folder):
@@ -206,64 +213,73 @@ def bring_back(folder):
 def day(args):
     """-> is every step done?"""
     begun, folder = time.monotonic(), os.path.abspath(args.out)
+    settings = REHEARSAL if args.rehearse else REAL
+    settings = dict(settings, net=settings['net'].format(data=shlex.quote(os.path.abspath(args.data_dir))),
+                    dir=shlex.quote(folder))
+    always = dict(TORCHINDUCTOR_CACHE_DIR=f'{folder}/inductor')
+    if args.rehearse:
+        always['REHEARSE'] = '1'                    # for tests/test_cuda.py
     os.makedirs(f'{folder}/runs', exist_ok=True)
     record = dict(seconds=0.0, done={}, failed={}, plans={})
     if os.path.exists(f'{folder}/day.json'):
         with open(f'{folder}/day.json') as f:
             record = json.load(f)
     before, record['failed'] = record['seconds'], {}
-    steps, cache = steps_of(args), f'{folder}/inductor'
-    now = args.now if args.now is not None else args.minutes
+    steps = [step for step in steps_of(args) if step.name not in record['done']]
+
+    def spent():
+        return time.monotonic() - begun
 
     def write():
-        record['seconds'] = before + time.monotonic() - begun
+        record['seconds'] = before + spent()
         with atomic(f'{folder}/day.json') as tmp, open(tmp, 'w') as f:
             json.dump(record, f, indent=1)
         bring_back(folder)
 
     for k, step in enumerate(steps):
-        if step.name in record['done']:
-            continue
         missing = [name for name in step.needs if name not in record['done']]
         if missing:
             record['failed'][step.name] = f'needs {" ".join(missing)}'
             say(f'{step.name:<16} left out: needs {" ".join(missing)}')
             continue
-        rest = [s for s in steps[k:] if s.name not in record['done']]
-        left = args.minutes - (before + time.monotonic() - begun) / 60
-        minutes = max(0.0, left) * step.minutes / sum(s.minutes for s in rest)
-        if step.rate:
-            plan = record['plans'].setdefault(step.name, planned(step, folder, record['done'], minutes,
-                                                                2 if args.rehearse else EPOCHS))
+        left = max(0.0, args.minutes - (before + spent()) / 60)
+        minutes = left * step.share / sum(s.share for s in steps[k:])
+        plan = dict(epochs='', fast='', env={})
+        if step.rates:
+            if step.name not in record['plans']:
+                record['plans'][step.name] = planned(step, folder, record['done'], minutes, settings['most'])
+            plan = record['plans'][step.name]
             say(f'{step.name:<16} {plan["epochs"]} epochs {plan["fast"]}: {plan["why"]}')
             minutes *= 1.3                          # it is better annealed than punctual
-        else:
-            plan = dict(epochs='', fast='', env={})
         write()
-        limit = min(60 * minutes, 60 * now - (time.monotonic() - begun))
+        limit = 60 * minutes
+        if args.now is not None:
+            limit = min(limit, 60 * args.now - spent())
         if limit < 5:
             say(f'{step.name:<16} no time is left: the same command continues')
             return False
         if step.name.startswith('rate-'):           # measured in one piece
             shutil.rmtree(f'{folder}/runs/{step.name}', ignore_errors=True)
-        t0 = time.monotonic()
-        status = run(step, step.command.format(dir=shlex.quote(folder), epochs=plan['epochs'], fast=plan['fast']),
-                     dict(step.env, TORCHINDUCTOR_CACHE_DIR=cache, **plan['env']), f'{folder}/{step.name}.log', limit)
-        seconds = time.monotonic() - t0
+
+        t0, log = spent(), f'{folder}/{step.name}.log'
+        command = step.command.format(**settings, epochs=plan['epochs'], fast=plan['fast'])
+        status = run(step, command, {**always, **step.env, **plan['env']}, log, limit)
+        seconds = spent() - t0
         if status in step.statuses and os.path.exists(f'{folder}/{step.product}'):
             record['done'][step.name] = dict(seconds=seconds, status=status)
-            say(f'{step.name:<16} {seconds:6.0f} s  {last_line(f"{folder}/{step.name}.log")}')
+            say(f'{step.name:<16} {seconds:6.0f} s  {last_line(log)}')
         else:
-            shutil.rmtree(cache, ignore_errors=True)        # a compilation that is killed may leave half a file there
+            # a compilation that is killed may leave half a file there
+            shutil.rmtree(always['TORCHINDUCTOR_CACHE_DIR'], ignore_errors=True)
             why = f'stopped after {limit:.0f} s' if status is None else f'ended with status {status}'
             record['failed'][step.name] = why
-            say(f'{step.name:<16} {seconds:6.0f} s  {why}: {last_line(f"{folder}/{step.name}.log")}')
+            say(f'{step.name:<16} {seconds:6.0f} s  {why}: {last_line(log)}')
         write()
     return not record['failed']
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     refusals.one_line(parser)
     files.plain_output()
     arg = parser.add_argument

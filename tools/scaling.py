@@ -1,6 +1,7 @@
 """
-`python -m tools.bench --scaling`: how the cost of training grows. train_adv.py is started for every batch size, width,
-number of attack steps and of processes, one of them varied at a time, as a user starts it, on the images of `synthetic`.
+`python -m tools.bench --scaling`: how the cost of training grows. train_adv.py is started for every batch
+size, width, number of attack steps and of processes, one of them varied at a time, as a user starts it, on
+the images of `synthetic`.
 """
 import json
 import os
@@ -18,14 +19,15 @@ EPOCHS, IMAGES = 4, 576                         # synthetic's, those held out as
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 def run_of(point, args, folder):
-    """Images per second of every epoch but the first, in which it compiles. Ends the script if the training fails."""
+    """Images per second of every epoch but the first, in which it compiles. Ends the script if it fails."""
     launcher = [sys.executable]
     if point['processes'] > 1:
         launcher += ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={point["processes"]}']
     images = min(IMAGES, max(256, 2 * point['batch_size']))
-    command = [*launcher, 'train_adv.py', '--loss=trades', '--dataset=synthetic', '--compile', f'--amp={args.amp}',
-               f'--model={args.model}', f'--width={point["width"]}', f'--steps={point["steps"]}',
-               f'--batch-size={point["batch_size"]}', f'--subset={images}', f'--epochs={EPOCHS}', f'--out={folder}']
+    command = [*launcher, 'train_adv.py', '--loss=trades', '--dataset=synthetic', '--compile',
+               f'--amp={args.amp}', f'--model={args.model}', f'--width={point["width"]}',
+               f'--steps={point["steps"]}', f'--batch-size={point["batch_size"]}', f'--subset={images}',
+               f'--epochs={EPOCHS}', f'--out={folder}']
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
                           env=dict(os.environ, OMP_NUM_THREADS=str(args.threads)))
     if done.returncode:
@@ -44,9 +46,10 @@ def points(base, grid):
     return found
 
 def measure(args):
-    """args: of tools/bench.py. A line per point; with --json the report after each, and a figure at the end."""
+    """args: of tools/bench.py. A line per point; with --json the report after each, a figure at the end."""
     base = dict(batch_size=args.batch_size, width=args.width or 8, steps=args.steps, processes=1)
-    grid = dict(batch_size=args.batch_sizes, width=args.widths, steps=args.attack_steps, processes=args.processes)
+    grid = dict(batch_size=args.batch_sizes, width=args.widths, steps=args.attack_steps,
+                processes=args.processes)
     rows = []
     for point in points(base, grid):
         with tempfile.TemporaryDirectory() as folder:

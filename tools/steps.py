@@ -1,6 +1,6 @@
 """
-One training step, written twice: plainly, as public code has it, and with each trick by itself. For tools/bench.py,
-which times them, and for the tests, which compare them.
+One training step, written twice: plainly, as public code has it, and with each trick by itself. For
+tools/bench.py, which times them, and for the tests, which compare them.
 
     setting = Setting(METHODS['trades'], dict(beta=6.0), device=torch.device('cpu'))
     net, craft, update = plain(setting)
@@ -86,8 +86,8 @@ def inputs(names, net, teacher, x, x_adv, y):
     return out
 
 def plain(s):
-    """As the code of TRADES and its descendants: fp32, contiguous, eager, the attack written out, and the clean
-    logits again in each of its steps, with a graph that nobody uses."""
+    """As the code of TRADES and its descendants: fp32, contiguous, eager, the attack written out, and the
+    clean logits again in each of its steps, with a graph that nobody uses."""
     net, teacher, optimizer = networks(s)
 
     def craft(x, y):
@@ -113,8 +113,8 @@ def plain(s):
     return net, craft, update
 
 def authors(s, path):
-    """trades_loss of the TRADES repository's trades.py, in the loop of its train_trades_cifar10.py. It asks for a GPU
-    in two places, which it is spared where there is none."""
+    """trades_loss of the TRADES repository's trades.py, in the loop of its train_trades_cifar10.py. It asks
+    for a GPU in two places, which it is spared where there is none."""
     with open(path) as f:
         code = f.read()
     if s.device.type == 'cpu':
@@ -148,7 +148,7 @@ def ours(s, tricks):
         def forward(x):
             with torch.autocast(s.device.type, s.dtype, enabled=tricks.amp):
                 logits = network(x).float()
-            return logits.clone() if tricks.graphs else logits      # the next replay overwrites a graph's output
+            return logits.clone() if tricks.graphs else logits      # the next replay overwrites them
         return forward
 
     in_attack = logits_of(attacked, tricks.compile_attack)
@@ -194,9 +194,9 @@ def evaluation(s, tricks):
     return work
 
 def flops(s):
-    """Per image, of an evaluation, of a step that computes its clean logits once, and of one that computes them
-    again in every step of its attack. A gradient of the images costs as much as the forward, one of the weights as
-    much again; of the first layer it counts the one too many that the update has no use for."""
+    """Per image, of an evaluation, of a step that computes its clean logits once, and of one that computes
+    them again in every step of its attack. A gradient of the images costs as much as the forward, one of the
+    weights as much again; of the first layer it counts the one too many that the update has no use for."""
     net, counter = networks(s)[0].eval(), FlopCounterMode(display=False)
     with counter, torch.no_grad():
         net(torch.zeros(2, 3, 32, 32, device=s.device))
@@ -210,8 +210,8 @@ def flops(s):
                 again=attack + clean * s.steps * forward + update)
 
 def profile(work, batch, device):
-    """-> seconds of every kind of operation in one call of work, on the device; of the call; and how many kernels it
-    launched there (on a CPU: how many operations)."""
+    """-> seconds of every kind of operation in one call of work, on the device; of the call; and how many
+    kernels it launched there (on a CPU: how many operations)."""
     cuda = device.type == 'cuda'
     activities = [ProfilerActivity.CPU]
     if cuda:
@@ -225,7 +225,7 @@ def profile(work, batch, device):
         seconds = time.perf_counter() - t0
     kinds, launches = {}, 0
     for event in profiler.key_averages():
-        if event.is_user_annotation:            # a name for a stretch of time whose kernels are counted themselves
+        if event.is_user_annotation:        # a name for a stretch of time; its kernels are counted themselves
             continue
         spent = event.self_device_time_total if cuda else event.self_cpu_time_total         # microseconds
         if event.device_type.name.lower() == device.type and spent > 0:
@@ -247,8 +247,9 @@ class Images(torch.utils.data.Dataset):
         return self.augment(Image.fromarray(images[i].numpy())), int(labels[i])
 
 def from_workers(batch_size, device):
-    loader = torch.utils.data.DataLoader(Images(), batch_size, shuffle=True, drop_last=True, num_workers=WORKERS,
-                                         persistent_workers=True, pin_memory=device.type == 'cuda')
+    loader = torch.utils.data.DataLoader(Images(), batch_size, shuffle=True, drop_last=True,
+                                         num_workers=WORKERS, persistent_workers=True,
+                                         pin_memory=device.type == 'cuda')
     while True:
         for x, y in loader:
             yield x.to(device), y.to(device)
