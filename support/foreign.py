@@ -114,7 +114,9 @@ def from_file(spec, num_classes):
     try:
         sys.argv = [file]
         os.chdir(around.folder)
-        net = getattr(_imported(file), function)()
+        net = getattr(_imported(file), function)
+        if not isinstance(net, torch.nn.Module):
+            net = net()
     except (Exception, SystemExit) as e:            # it is somebody else's code
         lines = f'{type(e).__name__}: {e}'.splitlines()
         raise Refused(f'--model {spec}: {lines[0]}') from e

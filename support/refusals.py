@@ -58,6 +58,8 @@ def model(name, **shape):
             refuse(f'--model {name} makes the whole network: leave out --width, --normalize, --activation, '
                    '--dual-bn')
         return
+    if name.endswith('.py'):
+        refuse(f'--model {name}: and the function in it that returns the network, {name}:FUNCTION')
     try:
         with torch.device('meta'):
             models.build(name, 10, **shape)

@@ -43,6 +43,8 @@ def read(path):
         raise Refused(f'cannot read {path}: {e.strerror}') from e
     if head.lstrip().startswith(b'<'):
         raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
+    if head.startswith(b'version https://git-lfs'):
+        raise Refused(f'{path} stands for a file that Git LFS keeps: fetch it with git lfs pull')
     if str(path).endswith('.safetensors') or head[8:9] == b'{':        # a length of 8 bytes, then JSON
         return _safetensors(path)
     _refuse_damaged(path)
@@ -54,6 +56,8 @@ def read(path):
         why = _why_not_loaded(path)
         if why:
             raise Refused(f'{path} {why}') from e
+        if 'TorchScript' in str(e):
+            raise Refused(f'{path} is a TorchScript archive: save the state dict of the module it was made of') from e
         if 'Unsupported' in str(e):
             raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
                           'save its state dict alone') from e
@@ -202,9 +206,13 @@ def _unchanged(weights, expected):
     return weights, []
 
 def _without_unused(weights, expected):
-    """The TRADES code builds a sub_block1 and never calls it."""
-    used = {k: v for k, v in weights.items() if k in expected or not re.match(r'(.*\.)?sub_block1\.', k)}
-    return used, ['the unused sub_block1 left out'] if len(used) < len(weights) else []
+    """The TRADES code builds a sub_block1 and never calls it; thop leaves its counts behind."""
+    unused = []
+    for name, pattern in ('sub_block1', r'(.*\.)?sub_block1\.'), ('total_ops', r'(.*\.)?total_(ops|params)$'):
+        if any(re.match(pattern, k) for k in weights if k not in expected):
+            weights = {k: v for k, v in weights.items() if k in expected or not re.match(pattern, k)}
+            unused.append(f'the unused {name} left out')
+    return weights, unused
 
 def _plain(key):
     """One name for what torchvision, timm and the pytorch-cifar family call differently."""

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -158,6 +159,7 @@ def in_double():
     return Net().double()
 def in_half():
     return Net().bfloat16()
+ready = Net()
 def needs(depth):
     return Net()
 def leaves():
@@ -234,6 +236,8 @@ CHANGES = {
                     'keys renamed, such as layer2.0.downsample.0.weight to layer2.0.shortcut.0.weight'),
     'timm': (lambda w: {'model': prefixed(torchvisions(w, 'head.fc'), 'module.')}, 'without max pooling'),
     'sub_block1': (lambda w: dict(w, **{'sub_block1.w': torch.ones(2)}), 'sub_block1 left out'),
+    'thop': (lambda w: dict(w, total_ops=torch.ones(1), **{'conv1.total_params': torch.ones(1)}),
+             'total_ops left out'),
     'half': (lambda w: {k: v.bfloat16() if v.is_floating_point() else v for k, v in w.items()},
              'the whole file'),
     'EMA': (lambda w: {'state_dict_ema': w}, 'weights: state_dict_ema'),
@@ -288,6 +292,7 @@ def test_keys_that_fit_as_they_are_are_left_alone(nets, tmp_path):
         w = torch.load(nets / f'{function}.pt', weights_only=True)
         assert net.state_dict().keys() == w.keys() and meta['weights'] == 'weights: the whole file'
         assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), w.values()))
+    assert torch.equal(of(nets, 'ready')[0](X), of(nets, 'Net')[0](X))         # made when it is imported
     _, meta = of(nets, 'Parallel', 'w.pt')
     assert meta['weights'] == 'weights: the whole file; prefix module. added'
 
@@ -310,6 +315,19 @@ def test_what_stands_beside_the_weights_is_not_run(net, tmp_path):
     for thing in (types.SimpleNamespace(), torch.nn.Linear(2, 2), np.zeros(3), np.array(['a', None])):
         with pytest.raises(Refused, match='save its state dict alone'):
             load(tmp_path / 'w.pt', {'model': net.state_dict(), 'thing': thing})
+
+def test_files_that_are_something_else_are_named(net, tmp_path):
+    path = tmp_path / 'w.pt'
+    torch.save(net.state_dict(), path)
+    with zipfile.ZipFile(path, 'a') as z:
+        z.writestr('w/constants.pkl', b'')              # what torch.jit.save writes, and torch.load looks for
+    with pytest.raises(Refused, match='TorchScript archive'):
+        checkpoint.read(path)
+    for content, says in ((b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'git lfs pull'),
+                          (b'', 'truncated'), (b'\n <html>', 'web page')):
+        path.write_bytes(content)
+        with pytest.raises(Refused, match=says):
+            checkpoint.read(path)
 
 def test_safetensors(net, tmp_path, monkeypatch):
     torch_side = pytest.importorskip('safetensors.torch')

@@ -27,6 +27,8 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss trades --tau 2', '--loss trades takes --beta'),
     ('train_adv.py', '--loss trades --bet 2', '--loss trades takes --beta'),
     ('train_adv.py', '--model resnet19', "unknown model 'resnet19'; known: resnet18"),
+    ('train_adv.py', '--model net.py', 'returns the network, net.py:FUNCTION'),
+    ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/net.py', 'net.py:FUNCTION'),
     ('train_adv.py', '--dataset cifar11', "unknown dataset 'cifar11'"),
     ('train_adv.py', '--eps 0.031', '0.031 is 7.9/255, not 8/255; for 8/255 write --eps 8'),
     ('train_adv.py', '--eps 0.5', 'eps is in pixels'),
