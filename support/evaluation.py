@@ -114,6 +114,9 @@ def exact_device():
 def networks(args, run, d, device):
     """-> the network in eval mode on the device; what is known of it; and that of --transfer-from, or None.
     Fills in --branch. run: that it was trained in. Raises Refused."""
+    if d.classes < 4 and {'autoattack', 'aa-fast', *PARTS} & set(args.attacks):
+        refuse(f'AutoAttack needs four classes (its targeted DLR loss does), {args.dataset} has {d.classes}; '
+               'choose others with --attacks')
     channels = d.x_test.shape[-1]
     for flag, values in (('mean', args.mean), ('std', args.std)):
         if values and len(values) != channels:
