@@ -90,12 +90,13 @@ def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **opti
     except (TypeError, ValueError) as e:            # of a config that is not of this version, or damaged
         raise Refused(f'{path}: {config["name"]}: {e}'.splitlines()[0]) from e
     expected = net.state_dict()
+    first = next(iter(weights))
     weights, done = state_dicts.fitted(weights, expected)
     wrong = state_dicts.differences(weights, expected)
     if wrong:
         there = ''
         if wrong[0].startswith('no '):
-            there = f' (found there: {next(iter(weights), "nothing")})'
+            there = f' (found there: {first})'
         raise Refused(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
                       f'{len(wrong)} entries differ, the first: {wrong[0]}{there}')
     net.load_state_dict(weights)

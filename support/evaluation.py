@@ -200,6 +200,8 @@ def remarks(args, meta, d, y):
     lines, trained = [], meta.get('config', {}).get('activation', args.activation)
     if args.activation and args.activation != trained:
         lines.append(f'{trained} in the checkpoint, evaluated with {args.activation}')
+    if 'the file also holds' in meta['weights']:
+        lines.append(meta['weights'])
     present = y.unique().tolist()
     if len(present) < d.classes:
         shown = ' '.join(map(str, present[:20])) + (' ...' if len(present) > 20 else '')

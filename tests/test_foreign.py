@@ -280,6 +280,7 @@ def test_averaged_model_and_unknown_containers(net, tmp_path):
     for content, says in (({'weights': net.state_dict()}, 'no state dict'),
                           ({'state_dict': {}}, 'no state dict'),
                           (two, 'found there: student.conv1.weight'),
+                          ({'fc.weight': X}, 'found there: fc.weight'),
                           (dict(net.state_dict(), mu=X), 'unknown mu')):
         with pytest.raises(Refused, match=says):
             load(tmp_path / 'w.pt', content)
@@ -403,7 +404,7 @@ def test_the_report_says_which_weights_were_taken(net, tmp_path):
     report = json.loads((tmp_path / 'e.json').read_text())
     for text in ('weights: state_dict;', 'also holds model_ema', 'keys renamed', 'not standardised'):
         assert text in report['weights']
-    assert report['trained'] == {}
+    assert report['trained'] == {} and report['weights'] in report['notes']
 
 # -----------------------------------------------------------------------------
 # a network of one's own that was trained here, and code that a file names
