@@ -82,7 +82,7 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss pgd_at --extra {tmp}/small.npy', 'holds uint8 (3, 8, 8, 3)'),
     ('train_adv.py', '--loss pgd_at --extra {tmp}/small.npy --extra-fraction 1', 'a batch needs both kinds'),
     ('train_adv.py', '--dataset imagenet --model resnet18 --data-dir {tmp}', 'should be a folder'),
-    ('train_adv.py', '--loss ltd --dataset imagenet --recipe paper --model resnet18', 'recorded are for CIFAR'),
+    ('train_adv.py', '--loss ltd --dataset imagenet --recipe paper --model resnet18', 'are for CIFAR'),
     ('train_teacher.py', '--model torchvision-resnet18 --width 8', 'has one width'),
     ('evaluate.py', '{tmp}/ten.pt --dataset imagenet --data-dir {tmp}', 'should be a folder'),
     ('train_teacher.py', '--epochs 0', '--epochs 0: a number, at least 1'),
