@@ -78,22 +78,27 @@ def test_no_file_of_ours_shadows_a_package(tmp_path, python):
     """From the root, which Python puts in front of everything installed."""
     stand_in(tmp_path / 'site', 'autoattack', {'__init__.py': AUTOATTACK})
     stand_in(tmp_path / 'site', 'robustbench', {'__init__.py': '', 'eval.py': 'benchmark = 7'})
-    found = python('-c', 'from robustbench.eval import benchmark; from autoattack import AutoAttack; import sys; '
-                   'print(benchmark, sys.modules["autoattack"].__file__, sys.modules["robustbench"].__file__)')
-    assert found.split() == ['7', f'{tmp_path}/site/autoattack/__init__.py', f'{tmp_path}/site/robustbench/__init__.py']
+    site = tmp_path / 'site'
+    found = python('-c', 'import sys; from robustbench.eval import benchmark; '
+                   'from autoattack import AutoAttack; '
+                   'print(benchmark, *[sys.modules[k].__file__ for k in ("autoattack", "robustbench")])')
+    assert found.split() == ['7', f'{site}/autoattack/__init__.py', f'{site}/robustbench/__init__.py']
 
-@pytest.mark.parametrize('installed, version', [(None, None), ('0.1.standin', '0.1.standin'), ('', 'unknown')])
+@pytest.mark.parametrize('installed, version', [
+    (None, None), ('0.1.standin', '0.1.standin'), ('', 'unknown')])
 def test_autoattack_is_taken_before_pyautoattack_and_named(installed, version, tmp_path, python):
     torch.manual_seed(0)
     checkpoint.save_checkpoint(tmp_path / 'm.pt', models.build('resnet18', 10, width=4), dataset='synthetic',
                                run=dict(dataset='synthetic', eps=8.0))
     if installed is not None:
         stand_in(tmp_path / 'site', 'autoattack', {'__init__.py': AUTOATTACK}, installed)
-    said = python('evaluate.py', tmp_path / 'm.pt', '--n', 12, '--attacks', 'apgd-ce', '--no-audit', '--eps', 1)
+    said = python('evaluate.py', tmp_path / 'm.pt', '--n', 12, '--eps', 1,
+                  '--attacks', 'apgd-ce', '--no-audit')
     report = json.loads(next(tmp_path.glob('*.json')).read_text())
     name = 'pyautoattack' if installed is None else 'autoattack'
     assert ('the stand-in attacks apgd-ce' in said) is (name == 'autoattack')
-    assert report[name] == report['evaluated'][name] == (version or importlib.metadata.version('pyautoattack'))
+    version = version or importlib.metadata.version('pyautoattack')
+    assert report[name] == report['evaluated'][name] == version
     assert ({'autoattack', 'pyautoattack'} & set(report)) == {name}
 
 def by_one_call(report, folder):

@@ -79,7 +79,8 @@ def whole(tmp):
 def test_every_row_is_there_and_means_what_it_says(whole):
     _, r, _ = whole
     right = {row: v['correct'] for row, v in r['results'].items()}
-    assert set(right) == {'clean', 'fgsm', 'pgd-5', 'cw-5', 'weak', 'strong', 'transfer', 'transfer-cw', 'all of the above',
+    assert set(right) == {'clean', 'fgsm', 'pgd-5', 'cw-5', 'weak', 'strong',
+                          'transfer', 'transfer-cw', 'all of the above',
                           'pgd-5 at eps 0', 'pgd-5 at eps 1', 'pgd-5 at eps 12', 'pgd-1', 'pgd-10'}
     assert right['pgd-5 at eps 0'] == right['clean'] > right['pgd-5'] > right['pgd-5 at eps 12']
     assert right['transfer'] == right['pgd-5']              # from itself
@@ -142,7 +143,8 @@ def test_verify(whole, tmp, tmp_path, capsys):
 
 @pytest.mark.parametrize('name, weights, says', [
     ('plain', 'nan.pt', 'non-finite logits'), ('training', 'plain.pt', 'is in training mode'),
-    ('two', 'plain.pt', 'output is (B, 2), the data need logits (B, 10)'), ('crash', 'plain.pt', 'RuntimeError'),
+    ('two', 'plain.pt', 'output is (B, 2), the data need logits (B, 10)'),
+    ('crash', 'plain.pt', 'RuntimeError'),
     ('detached', 'plain.pt', 'the logits have no gradient')])
 def test_networks_that_cannot_be_evaluated(name, weights, says, tmp, tmp_path, capsys):
     refused(says, *net(tmp, name, weights), *FLAGS, '--out', tmp_path / 'e.json', capsys=capsys)
@@ -203,7 +205,7 @@ def test_fast_is_confirmed_in_fp32_and_searched_again(tmp, tmp_path, monkeypatch
     exact = evaluate(*net(tmp), *FLAGS, '--n', 12, '--no-audit', '--attacks', 'aa-fast',
                      out=tmp_path / 'e.json')[1]
     monkeypatch.setattr(torch, 'compile', lambda model: model)
-    monkeypatch.setattr(models, 'autocast_dtype', lambda amp, device: torch.bfloat16)        # emulated on a CPU
+    monkeypatch.setattr(models, 'autocast_dtype', lambda amp, device: torch.bfloat16)      # emulated on a CPU
     fast = evaluate(*net(tmp), *FLAGS, '--n', 12, '--no-audit', '--attacks', 'aa-fast', '--fast',
                     '--save-adv', tmp_path / 'adv.pt', out=tmp_path / 'f.json')[1]
     assert 'AutoAttack in bfloat16, what is left' in fast['search'] and 'bfloat16' not in exact['search']
@@ -266,8 +268,8 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp, tmp_path, capsy
 
 def test_the_estimate_adds_up(monkeypatch):
     """Of 600 images 300 are right and 60 withstand; a gradient takes 0.1 s, an answer 0.01 s."""
-    args = argparse.Namespace(n=600, attacks=['clean', 'pgd', 'autoattack'], steps=20, restarts=2, individual=False,
-                              sweep_eps=[4.0], sweep_steps=[50], shard='0/1')
+    args = argparse.Namespace(n=600, attacks=['clean', 'pgd', 'autoattack'], steps=20, restarts=2,
+                              individual=False, sweep_eps=[4.0], sweep_steps=[50], shard='0/1')
     monkeypatch.setattr(estimate, 'measured', lambda *batch: (60, 0.1, 0.01, 0.5, 0.1))
     says = estimate.estimate(args, False, None, None, [0], [0])[1]
     aa = 300 * (101 * 0.1 + 10 * 0.01) / 60 + 60 * (1809 * 0.1 + 5968 * 0.01) / 60
@@ -307,9 +309,10 @@ def test_notes_name_only_attacks_that_ran(tmp, tmp_path, monkeypatch):
     trained = dict(norm='Linf', eps=8.0)
     first = dict(logits='torch.float32', weights=['torch.float32'], tf32=False, batch_dependence=0, change=0,
                  zero_gradient=0, no_gradient=0, logit_norm=1, margin=1, confidence=1)
+    evaluated = dict(norm='Linf', eps=2.5)
     for rows, raised in (['clean'], False), (['clean', 'pgd-5'], True), (['clean', 'strong'], False):
         results = {name: dict(accuracy=50.0) for name in rows}
-        flag = summary.flags(first, results, {}, [], trained, dict(norm='Linf', eps=2.5), None, 6)['threat_model']
+        flag = summary.flags(first, results, {}, [], trained, evaluated, None, 6)['threat_model']
         assert flag['raised'] is raised and ('attacked with' in flag['text']) is raised
 
 def test_figures_are_drawn_of_the_finished_report(tmp, tmp_path, monkeypatch):

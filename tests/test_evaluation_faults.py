@@ -1,6 +1,6 @@
 """
-Bit rot, full disks and deleted folders under an evaluation that is half done: one line each, and the same command
-again ends in the report that an undisturbed evaluation has, or says what to do.
+Bit rot, full disks and deleted folders under an evaluation that is half done: one line each, and the same
+command again ends in the report that an undisturbed evaluation has, or says what to do.
 """
 import json
 import os
