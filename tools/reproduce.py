@@ -261,7 +261,7 @@ def main(argv=None):
     found = results.find(plan, names)
     text = results.markdown(plan, found)
     say(text)
-    if any(found.values()):
+    if any(found.values()) and not args.table_only:
         with atomic(f'{plan.results}/table.md') as tmp, open(tmp, 'w') as f:
             f.write(text)
         results.draw(plan, found)
