@@ -32,7 +32,7 @@ class Tricks(NamedTuple):
     frozen: bool = False            # parameters frozen in the attack
     compile_attack: bool = False    # the network, in the attack
     compile_update: bool = False    # network and teacher, in the update
-    amp: bool = False               # bf16 or fp16, of the setting
+    amp: bool = False               # bf16 or fp16, of the setting; without GradScaler
     channels_last: bool = False     # images and weights
     folded: bool = False            # BN in the convolutions, in the attack; folded anew before every attack
     fused: bool = False             # optimiser in one kernel
