@@ -38,6 +38,14 @@ from support.files import Refused, atomic, save, say
 class Stopped(Exception):
     """A signal asked for the end, and the state is saved."""
 
+def comparable(config):
+    """Of a configuration, what makes the run. A teacher is its weights, wherever the file lies."""
+    beside = describe.NOT_THE_RUN | {'teacher', 'standard_teacher', 'teachers'}
+    kept = {k: v for k, v in config.items() if k not in beside}
+    for role, about in config.get('teachers', {}).items():
+        kept[role] = about['fingerprint']
+    return kept
+
 class Run:
     """args: of a training script; out, resume, save_minutes, dry_run, epochs, batch_size and accumulate are
     read. Raises Refused if another run is at work in the folder, or has been and is not to be continued."""
@@ -105,10 +113,11 @@ class Run:
         return saved
 
     def _compare(self, old, what):
-        for k in sorted((old.keys() | self.config.keys()) - describe.NOT_THE_RUN):
-            if old.get(k) != self.config.get(k):
+        old, new = comparable(old), comparable(self.config)
+        for k in sorted(old.keys() | new.keys()):
+            if old.get(k) != new.get(k):
                 raise Refused(f'--resume: {self.folder} {what} {k.replace("_", "-")} {old.get(k)}, '
-                              f'not {self.config.get(k)}: choose another --out')
+                              f'not {new.get(k)}: choose another --out')
 
     def _is_finished(self):
         """Is the run in the folder this one, and over?"""

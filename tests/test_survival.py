@@ -1,5 +1,5 @@
 """A run that is killed, stopped or moved to several processes ends where an undisturbed one does."""
-import json, pathlib, random, signal, subprocess, sys, time
+import json, pathlib, random, shutil, signal, subprocess, sys, time
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,6 +120,24 @@ def test_the_teacher_resumes_too(tmp_path):
     process.communicate()
     subprocess.run([*command, str(tmp_path / 'b'), '--resume'], check=True, stdout=subprocess.DEVNULL)
     same(finished(tmp_path / 'a'), finished(tmp_path / 'b'))
+
+def test_a_teacher_is_its_weights_wherever_the_file_lies(teacher, tmp_path):
+    shutil.copy(teacher, tmp_path / 'a.pt')
+    command = [*ADV, str(tmp_path / 'out'), '--loss', 'logit_mse', '--teacher']
+    process = started([*command, str(tmp_path / 'a.pt')])
+    begun(tmp_path / 'out', process)
+    process.kill()
+    process.communicate()
+    (tmp_path / 'a.pt').rename(tmp_path / 'b.pt')
+    other = torch.load(teacher, weights_only=True)
+    other['state_dict']['linear.bias'] += 0.001
+    torch.save(other, tmp_path / 'c.pt')
+    for finished_too in (False, True):
+        done = subprocess.run([*command, str(tmp_path / 'c.pt'), '--resume'], capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.count('\n') == 1
+        assert ('holds a finished run with teacher' if finished_too else 'was started with teacher') in done.stderr
+        done = subprocess.run([*command, str(tmp_path / 'b.pt'), '--resume'], capture_output=True, text=True)
+        assert done.returncode == 0 and ('nothing to resume' in done.stdout) == finished_too
 
 def test_two_students_that_need_one_teacher(tmp_path):
     """One trains it, the other waits and says so."""
