@@ -184,8 +184,8 @@ class Saved:
                 if isinstance(content, dict) and content.get('key') == key:
                     return content['result']
                 say(f'note: {path} is no batch of this evaluation: computed again')
-            except Refused as e:
-                say(f'note: {e}: computed again')
+            except Refused:                 # it says to fetch the file again, which nobody has to
+                say(f'note: {path} is damaged: computed again')
         result = fn(*args)
         if not os.path.exists(self.folder):
             refuse(f'{self.folder} was deleted while this evaluation worked in it: start it again')
