@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -86,6 +87,25 @@ def test_what_is_cut_continues_and_what_fails_is_left_out_and_tried_again(tmp_pa
     assert gpu_day.day(args)
     assert (tmp_path / 'slow').read_text() == 'xx'
     assert (tmp_path / 'last').read_text() == 'x'   # done is done
+
+def test_sigterm_stops_the_step_at_work(tmp_path):
+    day = subprocess.Popen([sys.executable, '-m', 'tools.gpu_day', '--rehearse', '--out', tmp_path], cwd=HERE,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / 'versions.log').exists():
+        assert day.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    day.terminate()
+    assert 'the same command continues' in day.communicate(timeout=60)[1]
+    assert not [name for name in os.listdir('/proc') if name.isdigit() and at_work(name, str(tmp_path))]
+
+def at_work(pid, folder):
+    """Has the process this folder in its environment?"""
+    try:
+        with open(f'/proc/{pid}/environ') as f:
+            return f'TORCHINDUCTOR_CACHE_DIR={folder}' in f.read()
+    except OSError:
+        return False
 
 def test_half_a_file_of_a_killed_compilation_is_one_line(tmp_path):
     import torch._inductor.runtime.cache_dir_utils          # a compilation has

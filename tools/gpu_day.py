@@ -218,7 +218,8 @@ def day(args):
                     dir=shlex.quote(folder))
     always = dict(TORCHINDUCTOR_CACHE_DIR=f'{folder}/inductor')
     if args.rehearse:
-        always['REHEARSE'] = '1'                    # for tests/test_cuda.py
+        # for tests/test_cuda.py; and networks this small win nothing by threads that wait for each other
+        always.update(REHEARSE='1', OMP_NUM_THREADS='1')
     os.makedirs(f'{folder}/runs', exist_ok=True)
     record = dict(seconds=0.0, done={}, failed={}, plans={})
     if os.path.exists(f'{folder}/day.json'):
@@ -300,6 +301,7 @@ if __name__ == '__main__':
             raise Refused('there is no GPU: --rehearse does all of it on a CPU, with tiny settings')
         if not os.path.exists(f'{args.data_dir}/cifar10.npz'):
             raise Refused(f'{args.data_dir}/cifar10.npz is not there: --data-dir')
+    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: the step at work is stopped, too
     try:
         sys.exit(0 if day(args) else 1)
     except KeyboardInterrupt:
