@@ -347,4 +347,4 @@ if shard[1] == 1:
     saved.delete()
 files.say(args.out)
 if args.figures and saved.mine(0):
-    summary.draw(args.out, args.checkpoint)
+    summary.draw(args.out, args.checkpoint, args.model)

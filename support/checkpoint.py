@@ -12,8 +12,6 @@ import subprocess
 import sys
 import time
 
-import torch
-
 import models
 from support import ddp, describe, files, state_dicts
 from support.files import Refused, save, say

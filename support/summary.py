@@ -124,11 +124,11 @@ def write(path, report):
     with atomic(path) as tmp, open(tmp, 'w') as f:
         f.write(text)
 
-def draw(report, checkpoint):
+def draw(report, checkpoint, model):
     """--figures. Ends the script with a line if they cannot be drawn: the report is there."""
     from tools.figures import draw              # matplotlib, where it is asked for
     try:
-        draw(report, checkpoint)
+        draw(report, checkpoint, model=model)
     except (Refused, ValueError, OSError) as e:
         sys.exit(f'no figures: {e}')
 

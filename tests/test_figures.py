@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from support import describe, drawing
+from support import describe, drawing, files
 from tools import figures, reading
 from test_smoke import HERE, run
 
@@ -231,7 +231,7 @@ def test_labels_of_many_rows_and_reports_never_overlap(n):
     stages = in_style(drawing.stages, reports, 'title')
     for figure in (stages, in_style(drawing.by_class, reports, CIFAR, 'title')):
         assert not overlapping(figure)
-        drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+        drawn, width = figure.get_tightbbox(), figure.get_figwidth()
         assert drawn.x0 > -0.01 and drawn.x1 < width + 0.01 and width <= 7
 
 @pytest.mark.parametrize('angle', [0, 45])
@@ -410,3 +410,21 @@ def test_the_reports_of_this_repository_can_be_drawn():
     assert len(paths) > 10
     for path in paths:
         reading.load(path)
+
+def test_code_that_a_report_names_runs_only_if_the_user_names_it(tmp_path):
+    """The report of a network of one's own, and beside it the checkpoint and the code that it names."""
+    code = tmp_path / 'net.py'
+    code.write_text(f'open({str(tmp_path / "ran")!r}, "w").close()\n'
+                    'import torch\n'
+                    'def make():\n'
+                    '    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))\n')
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))
+    torch.save(net.state_dict(), tmp_path / 'best.pt')
+    named = report(checkpoint='best.pt', model=dict(name=f'{code}:make', num_classes=10))
+    path = write(tmp_path / 'r.json', named)
+    with pytest.raises(files.Refused, match='only if you name it: --model'):
+        figures.draw(path)
+    assert not (tmp_path / 'ran').exists()
+    with pytest.raises(files.Refused, match='is not what was evaluated'):       # it is run now, and another one
+        figures.draw(path, model=f'{code}:make')
+    assert (tmp_path / 'ran').exists()

@@ -83,13 +83,13 @@ def of_network(net, report, x, y, names, per_class, label):
         drawn['images'] = drawing.images(*tensors, names, title)
     return drawn
 
-def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=300):
+def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=300, model=None):
     """
     Every picture that there is material for, saved into the folder out (None: beside the report); returns
     name -> Figure. paths: of a report, or a list of them, of one dataset and eps. checkpoints: theirs;
     'none'; None for those that they name. n: images of the pictures that need a checkpoint (None: those of
-    the report, of the curve over eps at most 1,000); per_class: of t-SNE at most. Raises Refused before any
-    work, and OSError.
+    the report, of the curve over eps at most 1,000); per_class: of t-SNE at most. model: FILE.py:FUNCTION, if
+    they are of a network of one's own. Raises Refused before any work, and OSError.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -99,7 +99,7 @@ def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=
     classes = first['model']['num_classes']
     names = NAMES.get(dataset, [str(c) for c in range(classes)])
 
-    nets, logs = reading.networks(paths, checkpoints, reports)
+    nets, logs = reading.networks(paths, checkpoints, reports, model)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if nets:
         d = data.load(dataset, data_dir or first['args']['data_dir'], device=device, training=False)
@@ -164,6 +164,7 @@ if __name__ == '__main__':
     parser.add_argument('report', nargs='+')
     parser.add_argument('--checkpoint', nargs='+', metavar='PT',
                         help='of the reports, in their order (default: those they name); or none')
+    parser.add_argument('--model', metavar='FILE.py:FUNCTION', help="of reports of a network of one's own")
     parser.add_argument('--data-dir', metavar='DIR', help="default: the report's")
     parser.add_argument('--n', type=int, metavar='N',
                         help="the first N test images (default: the report's; against eps at most 1,000)")
@@ -176,7 +177,7 @@ if __name__ == '__main__':
         parser.error(f'--n {args.n} --per-class {args.per_class}: at least 1')
     try:
         drawn = draw(args.report, args.checkpoint, args.out, data_dir=args.data_dir, n=args.n,
-                     per_class=args.per_class)
+                     per_class=args.per_class, model=args.model)
     except OSError as e:
         parser.error(f'cannot write {e.filename}: {e.strerror}')
     except KeyboardInterrupt:

@@ -147,11 +147,16 @@ def swept(report):
 # -----------------------------------------------------------------------------
 # what they are of
 
-def load_network(path, report):
-    """The network that was evaluated. Raises Refused, also if path holds another one."""
+def load_network(path, report, model=None):
+    """The network that was evaluated. model: FILE.py:FUNCTION of a network of one's own, whose code is not run
+    because a report names it. Raises Refused, also if path holds another one."""
     config = report['model']
+    if '.py:' in config['name'] and not model:
+        raise Refused(f'{path} is of a network of one\'s own, whose code is run only if you name it: '
+                      f'--model {config["name"]}, if you trust that file')
     options = {k: config[k] for k in ('width', 'mean', 'std', 'activation') if k in config}
-    net, _ = load_checkpoint(path, config['name'], config['num_classes'], **options)
+    name = model if '.py:' in config['name'] else config['name']
+    net, _ = load_checkpoint(path, name, config['num_classes'], **options)
     if options.get('activation', net.config['activation']) != net.config['activation']:
         weights = net.state_dict()                              # evaluate.py --activation
         net = models.build(**dict(net.config, activation=options['activation'])).eval()
@@ -179,10 +184,10 @@ def images_of(report, d, n, device):
     index = index.to(device)
     return data.to_float(in_memory(d.x_test[index], device)).contiguous(), d.y_test[index]
 
-def networks(paths, checkpoints, reports):
+def networks(paths, checkpoints, reports, model=None):
     """Every network that was evaluated, once, and the epochs logged beside it: label -> network, label ->
-    rows. checkpoints: of the reports; one for all, 'none', or None for those that they name. Raises
-    Refused."""
+    rows. checkpoints: of the reports; one for all, 'none', or None for those that they name. model: see
+    load_network. Raises Refused."""
     if checkpoints is None or isinstance(checkpoints, (str, os.PathLike)):
         checkpoints = [checkpoints]
     if len(checkpoints) == 1:
@@ -195,7 +200,7 @@ def networks(paths, checkpoints, reports):
         known = [reports[other]['fingerprint'] for other in nets]
         if file in (None, 'none') or report['fingerprint'] in known:
             continue
-        nets[label] = load_network(file, report)
+        nets[label] = load_network(file, report, model)
         log = os.path.join(os.path.dirname(file), 'log.jsonl')
         rows = load_log(log)[1] if os.path.exists(log) else []
         if rows:

@@ -239,14 +239,13 @@ def main(argv=None):
     arg('--runs', default='runs', metavar='DIR', help='where runs lie and go: a folder called runs')
     arg('--results', default='results', metavar='DIR', help='where the table goes')
     arg('--dry-run', action='store_true', help='the commands, and how long they take by a few measured steps')
-    arg('--no-measure', action='store_true', help='of --dry-run: the commands only')
-    arg('--commands', action='store_true', help='the same as --dry-run --no-measure')
-    arg('--table-only', '--table', dest='table_only', action='store_true', help='run nothing: what is there')
+    arg('--commands', action='store_true', help='the commands alone')
+    arg('--table', dest='table_only', action='store_true', help='run nothing: what is there')
     args = parser.parse_args(argv)
     plan, names, work = planned(args, parser.error)
 
     if args.dry_run or args.commands:
-        timed = args.dry_run and not args.no_measure
+        timed = not args.commands
         if timed and plan.scale == 'paper' and not torch.cuda.is_available():
             say('# no GPU here: hours of scale paper are not measured')
             timed = False
