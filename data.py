@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from support import imagenet
 from support.imagenet import Files
-from support.files import Refused, atomic
+from support.files import Refused, atomic, cannot_write
 
 # What a dataset brings with it; explicit flags win. eps in pixels (0..255). flags: of both training scripts;
 # epochs, steps: of train_adv.py. A file of another name gets OTHER.
@@ -118,7 +118,7 @@ def from_torchvision(name, folder):
         with atomic(path) as tmp, open(tmp, 'wb') as f:
             np.savez(f, **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays)))
     except OSError as e:
-        raise Refused(f'cannot write {path}: {e.strerror}') from e
+        raise Refused(cannot_write(path, e)) from e
     return arrays
 
 def digits():

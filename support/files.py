@@ -61,6 +61,19 @@ def is_locked(folder):
         return not lock(f)
 
 # -----------------------------------------------------------------------------
+# what goes wrong
+
+def cannot_write(path, problem):
+    """problem: an OSError. -> a line."""
+    full = 'the disk is full: ' if problem.errno in (errno.ENOSPC, errno.EDQUOT) else ''
+    return f'{full}cannot write {path}: {problem.strerror or problem}'
+
+def out_of_memory(problem):
+    """Is it, by its text, PyTorch's, oneDNN's or cuDNN's RuntimeError for that?"""
+    signs = 'out of memory', "can't allocate memory", 'alloc_failed'
+    return any(sign in str(problem).lower() for sign in signs)
+
+# -----------------------------------------------------------------------------
 # the screen
 
 def plain_output():

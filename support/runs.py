@@ -79,7 +79,7 @@ class Run:
                 f.write('')
             os.remove(f'{self.folder}/.writable')
         except OSError as e:
-            raise Refused(f'cannot write {self.folder}: {e.strerror}') from e
+            raise Refused(files.cannot_write(self.folder, e)) from e
 
     def _remove_if_empty(self):
         """A run that was refused after its folder was made leaves none."""
@@ -294,9 +294,7 @@ class Run:
             sys.exit(f'{e}. Stopped; {intact}. Try a lower --lr, or --amp off')
         except OSError as e:
             unwritten = e.strerror and e.errno not in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
-            what = f'cannot write {self.folder}: {e.strerror}' if unwritten else str(e)
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
-                what = f'the disk is full: {what}'
+            what = files.cannot_write(self.folder, e) if unwritten else str(e)
             sys.exit(f'{what}. Stopped {self.at}; {intact}')
         except RuntimeError as e:
             if 'DataLoader worker' in str(e):
@@ -305,8 +303,7 @@ class Run:
             if 'file too short' in str(e):
                 sys.exit(f"a compilation that was killed has left half a file in PyTorch's cache: delete "
                          f'{torch._inductor.runtime.cache_dir_utils.cache_dir()} and start again')
-            signs = 'out of memory', "can't allocate memory", 'alloc_failed'    # PyTorch's, oneDNN's, cuDNN's
-            if not any(sign in str(e).lower() for sign in signs):
+            if not files.out_of_memory(e):
                 raise
             size, parts = self.args.batch_size, self.args.accumulate
             sys.exit(f'out of memory with --batch-size {size}: try {size // 2}, or --accumulate {2 * parts}')

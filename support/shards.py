@@ -9,7 +9,6 @@ command goes on where it was; started several times over, as other shards, it sh
 What is computed must depend on the fingerprint, the name and the batch alone: each is seeded by itself.
 """
 import contextlib
-import errno
 import glob
 import hashlib
 import json
@@ -22,7 +21,7 @@ import time
 from tqdm import tqdm
 
 from support import checkpoint, files
-from support.files import Refused, atomic, say
+from support.files import Refused, atomic, cannot_write, out_of_memory, say
 from support.refusals import refuse
 
 try:
@@ -63,12 +62,7 @@ def progress(things, what, unit='batches', total=None):
         bar.close()
 
 # -----------------------------------------------------------------------------
-# what can go wrong with a disk
-
-def cannot_write(path, problem):
-    """problem: an OSError. -> a line."""
-    full = 'the disk is full: ' if problem.errno in (errno.ENOSPC, errno.EDQUOT) else ''
-    return f'{full}cannot write {path}: {problem.strerror or problem}'
+# what ends it early
 
 @contextlib.contextmanager
 def guarded(report, batch_size):
@@ -81,7 +75,7 @@ def guarded(report, batch_size):
     except OSError as e:
         sys.exit(f'{cannot_write(e.filename or report, e)}. Stopped: {intact}')
     except RuntimeError as e:
-        if 'out of memory' not in str(e).lower() and "can't allocate memory" not in str(e):
+        if not out_of_memory(e):
             raise
         sys.exit(f'out of memory with --batch-size {batch_size}: try {max(1, batch_size // 2)}, '
                  'with another --out')
@@ -94,7 +88,7 @@ def unfinished(path, flag):
         with open(path, 'rb') as f:
             content = f.read()
     except OSError as e:
-        raise Refused(f'cannot write {path}: {e.strerror}') from e
+        raise Refused(cannot_write(path, e)) from e
     if UNFINISHED.encode() in content:
         return
     try:

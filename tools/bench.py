@@ -30,7 +30,7 @@ import models
 from losses import METHODS, hparams, needs
 from support import refusals
 from support.describe import environment
-from support.files import atomic
+from support.files import atomic, cannot_write
 from support.refusals import refuse
 from tools import scaling, steps
 from tools.steps import Setting, Tricks
@@ -100,7 +100,7 @@ def write(report):
 try:
     write({})                                       # proves now that it can be written
 except OSError as e:
-    refuse(f'--json: cannot write {args.json}: {e.strerror}')
+    refuse(f'--json: {cannot_write(args.json, e)}')
 if args.scaling:
     scaling.measure(args)
     sys.exit()

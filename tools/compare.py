@@ -19,7 +19,7 @@ import os
 import re
 
 from support import refusals
-from support.files import Refused, atomic, plain_output, say
+from support.files import Refused, atomic, cannot_write, plain_output, say
 from support.refusals import refuse
 from support.summary import wilson
 from tools import reading
@@ -278,4 +278,4 @@ if __name__ == '__main__':
         if not folders:
             side_by_side(args.paths, args.scatter)
     except OSError as e:
-        parser.error(f'cannot write {args.scatter}: {e.strerror}')
+        parser.error(cannot_write(args.scatter, e))

@@ -25,7 +25,7 @@ import models
 from attacks import attack_mode, pgd
 from support import drawing, refusals
 from support.drawing import STYLE
-from support.files import Refused, plain_output, say
+from support.files import Refused, cannot_write, plain_output, say
 from support.summary import wilson
 from tools import reading
 
@@ -179,6 +179,6 @@ if __name__ == '__main__':
         drawn = draw(args.report, args.checkpoint, args.out, data_dir=args.data_dir, n=args.n,
                      per_class=args.per_class, model=args.model)
     except OSError as e:
-        parser.error(f'cannot write {e.filename}: {e.strerror}')
+        parser.error(cannot_write(e.filename, e))
     except KeyboardInterrupt:
         sys.exit('\nstopped; the pictures named above are whole')
