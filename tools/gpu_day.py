@@ -155,7 +155,7 @@ def run(step, command, env, log, seconds):
                     say(f'  {step.name}: {last_line(log)}')
         finally:
             stopped = child.poll() is None
-            for number, patience in (signal.SIGINT, 45), (signal.SIGKILL, 10):      # the first saves
+            for number, patience in (signal.SIGTERM, 45), (signal.SIGKILL, 10):     # the first saves
                 if child.poll() is None:
                     os.killpg(child.pid, number)
                     try:
