@@ -2,7 +2,7 @@
 Adversarial training, with or without a teacher, with or without labels.
 
 $ python train_adv.py --loss logit_mse --beta 0.2                      # trains its teacher first
-$ python train_adv.py --loss logit_mse --beta 0.2 --dataset digits     # no download, no GPU, three minutes
+$ python train_adv.py --loss logit_mse --beta 0.2 --dataset digits     # no download, no GPU, four minutes
 $ torchrun --nproc-per-node 8 train_adv.py --loss trades --batch-size 1024 --lr 0.8
 
 The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight
