@@ -317,7 +317,7 @@ def test_notes_name_only_attacks_that_ran(tmp, tmp_path, monkeypatch):
 
 def test_figures_are_drawn_of_the_finished_report(tmp, tmp_path, monkeypatch):
     figures, drawn = pytest.importorskip('tools.figures'), []
-    monkeypatch.setattr(figures, 'draw', lambda report, checkpoint: drawn.append(
+    monkeypatch.setattr(figures, 'draw', lambda report, checkpoint, model: drawn.append(
         (json.loads(open(report).read())['complete'], checkpoint)))
     evaluate(*net(tmp), *FLAGS, '--attacks', 'clean', '--figures', out=tmp_path / 'e.json')
     assert drawn == [(True, str(tmp / 'plain.pt'))]
