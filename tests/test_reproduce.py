@@ -3,6 +3,7 @@ The papers' tables: every command of every table is one that the scripts take, a
 nothing twice, and what is finished is left alone.
 """
 import argparse
+import json
 import os
 import pathlib
 import re
@@ -15,7 +16,8 @@ import time
 
 import pytest
 
-from support import files, refusals
+import models
+from support import checkpoint, files, refusals
 from support.files import Refused
 from tools import plan as plans
 from tools import reproduce, results
@@ -252,6 +254,32 @@ def test_a_row_that_fails_and_one_that_others_train_are_said(plan, monkeypatch):
     assert reproduce.do_row(plan, 'trades', 0).endswith('ended with an error')
     monkeypatch.setattr(reproduce.files, 'is_locked', lambda folder: True)
     assert 'another process is training runs/' in reproduce.do_row(plan, 'trades', 0)
+
+def test_one_report_serves_best_and_last_of_the_same_weights(plan, tmp_path, monkeypatch):
+    judge, started = evaluate_parser(), []
+    folder = tmp_path / plans.training(plan, 'trades', 0).product
+    def run(place, job):
+        started.append(job.product)
+        args = judge.parse_args(shlex.split(job.command)[1:])
+        net, _ = checkpoint.load_checkpoint(str(tmp_path / args.checkpoint))
+        (tmp_path / job.product).write_text(json.dumps(dict(
+            complete=True, args=vars(args), fingerprint=checkpoint.fingerprint(net))))
+        return True
+    monkeypatch.setattr(reproduce, 'run', run)
+    jobs = plans.evaluations(plan, 'trades', 0)
+    def judged(best, last):
+        started.clear()
+        checkpoint.save_checkpoint(str(folder / 'best.pt'), best)
+        checkpoint.save_checkpoint(str(folder / 'last.pt'), last)
+        for job in jobs.values():
+            assert reproduce.evaluate(plan, job, list(jobs.values())) is None and plans.is_evaluated(plan, job)
+        return started
+    one, other = models.build('resnet18', 10, width=4), models.build('resnet18', 10, width=4)
+    assert judged(one, other) == [jobs['best'].product, jobs['last'].product]
+    assert judged(other, other) == [jobs['best'].product]       # that of last.pt is still true
+
+    (folder / 'last-n1000.json').unlink()
+    assert judged(one, one) == [jobs['best'].product]           # and here it is made of the other one
 
 def test_a_folder_with_other_flags_is_refused(plan, tmp_path):
     job = plans.training(plan, 'trades', 0)

@@ -85,7 +85,9 @@ def settings(plan, row, first):
     if plan.table.budget is not None:
         return (row.settings or '') if first else plan.table.budget
     if plan.scale == 'cpu':
-        epochs = FIRST_EPOCHS if first else plan.epochs or plan.table.epochs
+        epochs = plan.epochs or plan.table.epochs
+        if first or row.script == 'train_teacher.py':
+            epochs = FIRST_EPOCHS
         text = f'--width {plan.width} --epochs {epochs}'
     elif first or row.settings is not None:
         text = row.settings or ''
@@ -209,9 +211,10 @@ def said(value):
         return [f'{v:g}' if isinstance(v, float) else str(v) for v in value]
     return [] if value is True else said([value])
 
-def is_evaluated(place, job):
-    """Is the report there, whole, with these flags, and of the weights that are there now?"""
-    path = os.path.join(place.base, job.product)
+def is_evaluated(place, job, product=None):
+    """Is the report there, whole, with these flags, and of the weights that are there now? With product, that of
+    another job is looked at: best.pt may be last.pt."""
+    path = os.path.join(place.base, product or job.product)
     if not os.path.exists(path):
         return False
     report = json.loads(text_of(path))
@@ -225,7 +228,7 @@ def is_evaluated(place, job):
         else:
             asked[flag].append(word)
     given = report['args']
-    if given['audit'] == ('no_audit' in asked):
+    if not given['audit'] and 'no_audit' not in asked:
         return False
     for flag in asked.keys() - {'out', 'no_audit'}:
         if said(given[flag]) != asked[flag]:

@@ -75,13 +75,20 @@ def train(place, job):
         return f'the training of {job.product} ended with an error'
     return None
 
-def evaluate(place, job):
-    """Evaluates what is not evaluated yet. -> None, or what is in the way, in words."""
+def evaluate(place, job, others):
+    """Evaluates what is not evaluated yet. others: the row's other evaluations; the report of one of them serves
+    if best.pt is last.pt. -> None, or what is in the way, in words."""
     path = os.path.join(place.base, job.product)
     if is_evaluated(place, job):
         return None
     if os.path.exists(path) and '"complete": false' not in text_of(path):
         os.replace(path, f'{path}.old')         # of other flags or weights; half a one is continued
+    for other in others:
+        if is_evaluated(place, job, other.product):
+            say(f'{job.product}: of the same weights as {other.product}, which is copied')
+            with atomic(path) as tmp:
+                shutil.copy(os.path.join(place.base, other.product), tmp)
+            return None
     if not run(place, job):
         return f'{job.product} ended with an error'
     return None
@@ -93,8 +100,9 @@ def do_row(plan, name, seed):
         problem = train(plan, job)
         if problem:
             return problem
-    for job in evaluations(plan, name, seed).values():
-        problem = evaluate(plan, job)
+    jobs = list(evaluations(plan, name, seed).values())
+    for job in jobs:
+        problem = evaluate(plan, job, jobs)
         if problem:
             return problem
     keep(plan, name, seed)
