@@ -38,7 +38,7 @@ def start(x, *, eps, init, norm):
             x_adv = x + eps * torch.empty_like(x).uniform_(-1, 1)
     elif init == 'uniform':         # in the L2 ball: a direction, and the d-th root of a uniform radius
         d = torch.randn_like(x)
-        radius = per_image(torch.rand(len(x), 1, 1, 1, device=x.device).flatten() ** (1 / x[0].numel()), x)
+        radius = per_image(torch.rand(len(x), device=x.device) ** (1 / x[0].numel()), x)
         x_adv = x + eps * radius * d / norms(d)
     elif init == 'zero':
         x_adv = x.clone()
@@ -51,7 +51,7 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     """
     Madry et al. 2018, "Towards Deep Learning Models Resistant to Adversarial Attacks". Climb objective(x_adv)
     -> (B,) within the ball of radius eps around x (B,...), and within [0, 1]. eps: in units of [0, 1], one
-    number or one per image (B,). step_size: likewise one number, or a list, array or tensor of one per step.
+    number or one per image (B,). step_size: likewise, a number or a tensor; or a list of one per step.
     norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts,
     each image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps.
     Raises ValueError, also for images outside [0, 1], if they are on a CPU.
@@ -69,12 +69,12 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     if not x.is_cuda and not (0 <= x.min() and x.max() <= 1):      # on a GPU it would wait in every batch
         raise ValueError(f'x is in [{x.min():g}, {x.max():g}]: images are in [0, 1], and what standardises '
                          'them is a layer of the model')
-    if isinstance(step_size, (int, float)):
-        sizes = [step_size] * steps
+    if isinstance(step_size, (int, float, torch.Tensor)):
+        sizes = [per_image(step_size, x)] * steps
     else:
         sizes = [float(size) for size in step_size]
-        if len(sizes) != steps:
-            raise ValueError(f'{len(sizes)} step sizes for {steps} steps')
+    if len(sizes) != steps:
+        raise ValueError(f'{len(sizes)} step sizes for {steps} steps')
     x = x.clone() if x.is_inference() else x.detach()       # an inference tensor takes no part in autograd
     eps, best = per_image(eps, x), None
     for _ in range(restarts):

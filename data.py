@@ -153,9 +153,10 @@ def row(name, folder='data'):
 def defaults(name, folder='data', teacher=False):
     """{flag: value}, what the dataset brings to a training script. Raises Refused for an unknown name."""
     known = row(name, folder)
-    flags = dict(known.get('flags', {}), epochs=known.get('teacher_epochs' if teacher else 'epochs', 100))
-    if not teacher:
-        flags.update(eps=known['eps'], steps=known.get('steps', 10))
+    flags, own = dict(known.get('flags', {})), dict(known)
+    if teacher:
+        own = dict(epochs=known.get('teacher_epochs'))
+    flags.update({flag: own[flag] for flag in ('eps', 'epochs', 'steps') if own.get(flag)})
     return flags
 
 def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, device='cpu', training=True):
@@ -278,8 +279,8 @@ def to_float(x):
 def augmented(x, augment, generator, padding=4):
     """
     'crop': random crop out of a frame of zeros, as torchvision's RandomCrop(padding=4); 'crop+flip': and
-    a flip of every other image, as RandomHorizontalFlip; 'none'. One gather for the whole batch, on its
-    device. uint8 (B,H,W,C) -> the same.
+    each image flipped with probability 1/2, as RandomHorizontalFlip; 'none'. One gather for the whole batch,
+    on its device. uint8 (B,H,W,C) -> the same.
     """
     if augment == 'none':
         return x
@@ -297,8 +298,8 @@ def augmented(x, augment, generator, padding=4):
     return padded[torch.arange(B, device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 def at_once(n, x):
-    """How many of the images x go through a network with gradients where n of CIFAR's do: memory grows with
-    their pixels."""
+    """How many of the images x go through a network with gradients: n, if they have up to 64x64 pixels, and
+    fewer in proportion if they are larger, as memory grows with the pixels."""
     return max(4, n * 64 ** 2 // max(64 ** 2, x.shape[1] * x.shape[2]))
 
 def batches(x, y, batch_size, augment='none', generator=None, *, first=0, share=slice(None)):

@@ -67,14 +67,14 @@ arg('--attacks', nargs='+', metavar='NAME',
          "pgd-trades: PGD-20 with TRADES' step, 0.003 of the range; weak, strong: of Dallaire et al., PGD of "
          '2 steps from x, eps 0.1 and step 2/255, eps 0.5 and step 0.5, in units of [0, 1]')
 arg('--steps', type=int, default=20, help='of pgd, cw')
-arg('--restarts', type=int, default=1, help='likewise')
+arg('--restarts', type=int, default=1, help='of pgd, cw: starts per image')
 arg('--transfer-from', metavar='PT', help='also PGD, on CE and on the margin, crafted on this network')
 arg('--transfer-model', help='its architecture, where the file holds weights only (default: --model)')
 arg('--transfer-width', type=int, help='its first layer (default: --width)')
 arg('--sweep-eps', nargs='+', type=float, default=[], metavar='EPS',
     help='also PGD at each of these, in pixels, the step in proportion')
 arg('--sweep-steps', nargs='+', type=int, default=[], metavar='K',
-    help='also PGD of so many')
+    help='also PGD of each of these numbers of steps')
 arg('--individual', action='store_true', help='also the accuracy under each part of AutoAttack alone')
 arg('--branch', choices=['main', 'aux'], help='of dual BN (default: as validated in training)')
 arg('--no-audit', dest='audit', action='store_false', help='no search for masked gradients on 100 images')
@@ -85,8 +85,8 @@ arg('--seed', type=int, default=0)
 arg('--batch-size', type=int,
     help='default: 250, on a CPU 50, fewer if the images are large; AutoAttack draws its noise per batch')
 arg('--compile', action='store_true', help='attack the compiled network: faster after a minute')
-arg('--fast', action='store_true', help='--compile, BN folded, AutoAttack in bf16 first on a GPU that has it')
-arg('--shard', default='0/1', metavar='I/N', help='the I-th of N processes that share the work, and a folder')
+arg('--fast', action='store_true', help='--compile, BN folded, AutoAttack in bf16 first where that is native')
+arg('--shard', default='0/1', metavar='I/N', help='process I, from 0, of N that share the work and a folder')
 arg('--save-adv', metavar='PT',
     help="keep every image's worst x_adv within eps, float32; on the way, as much disk per attack")
 arg('--verify', metavar='PT', help='what --save-adv kept, judged again; alone: no attack')
@@ -112,7 +112,7 @@ shards.unfinished(args.save_adv, 'save-adv')
 net, half, search = evaluation.searched(args, model, device)
 x_first, y_first = x_test[:args.batch_size], y_test[:args.batch_size].to(device)
 with attack_mode(model), bn_branch(model, args.branch):
-    first = summary.inspect(model, x_first, y_first, d.classes)
+    inspected = summary.inspect(model, x_first, y_first, d.classes)
 
 # what the number depends on
 evaluated = dict(images=f'{args.n}: {digest}', norm=args.norm, eps=args.eps, step_size=args.step_size,
@@ -178,7 +178,7 @@ LABELS = {'pgd': f'pgd-{args.steps}', 'cw': f'cw-{args.steps}'}     # of their r
 todo = list(args.attacks)
 if source:
     todo += ['transfer', 'transfer-cw']
-last = todo[-1] if len(todo) > 2 else None          # below it stands a row of all; not of the sweeps
+last = todo[-1] if len({*todo} - {'clean'}) > 1 else None    # below it stands a row of all; not of the sweeps
 for e in args.sweep_eps:
     todo.append(f'pgd-{args.steps} at eps {e:g}')
     RADIUS[todo[-1]] = e / 255
@@ -246,15 +246,15 @@ def survivors(name, predicted, todo):
 
 def run_autoattack(parts, label):
     """The standard version, part by part on the images left; with --individual also each part on all."""
-    alive, before, after = clean, {}, {}
+    predicted, before, after = clean, {}, {}
     begun = time.perf_counter()
     for name in parts:
         t0 = time.perf_counter()
-        before[name] = alive == y_test
-        alive, moved = survivors(name, alive, before[name])
-        after[name] = alive
-        row(f'  autoattack, after {name}', alive, t0, moved)
-    row(label, alive, begun)
+        before[name] = predicted == y_test
+        predicted, moved = survivors(name, predicted, before[name])
+        after[name] = predicted
+        row(f'  autoattack, after {name}', predicted, t0, moved)
+    row(label, predicted, begun)
     for name in parts if args.individual else ():
         t0 = time.perf_counter()
         rest, moved = survivors(name, clean, (clean == y_test) & ~before[name])
@@ -289,7 +289,7 @@ def run_audit():
 
 audits = args.audit and todo != ['clean'] and (eps < 1 or args.norm == 'L2')
 shown = [LABELS.get(name, name) for name in (['masking audit'] if audits else []) + todo]
-heading = summary.heading(args, model, meta, first, which, device)
+heading = summary.heading(args, model, meta, inspected, which, device)
 files.say(*heading, f'{", ".join(shown)}; search: {search}')
 if args.dry_run:
     with attack_mode(model), bn_branch(model, args.branch):
@@ -315,8 +315,9 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
     taken, x_worst = clean.clone(), x_test.cpu().clone() if args.save_adv else None
     row('clean', clean, started)
     if adv:
+        begun = time.perf_counter()
         verified = classify_all(x_adv, 'verified')
-        row('verified', verified, started)
+        row('verified', verified, begun)
         taken = torch.where(taken == y_test, verified, taken)
     again = [f'{part} again' for part in FAST] if half else []      # on what the search in bf16 has left
     for name in todo:
@@ -332,14 +333,13 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
         if name == last:
             row('all of the above', taken, started)
 
-    flags = summary.flags(first, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, args.n)
+    flags = summary.flags(inspected, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, args.n)
     notes += [flag['text'] for flag in flags.values() if flag['text']]
     if half and 'autoattack' in todo:
         notes.append('searched in bf16 first: what withstands it met FAB and Square in bf16 only')
     files.say(*[f'note: {note}' for note in notes])
-    worst = taken == y_test             # (n,) bool
     if args.save_adv and saved.mine(0):
-        files.save(args.save_adv, dict(x_adv=x_worst, robust=worst, evaluated=evaluated))
+        files.save(args.save_adv, dict(x_adv=x_worst, robust=taken == y_test, evaluated=evaluated))
         files.say(args.save_adv)
     save(complete=True)
 

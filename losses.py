@@ -100,7 +100,7 @@ def climb_both(logits_adv, t_logits_adv):
     return kl(logits_adv, t_logits_adv)
 
 # -----------------------------------------------------------------------------
-# losses. First line of a docstring: authors, title; second: the formula: z logits, p softmax, ' on x',
+# losses. First line of a docstring: authors, title; second: the formula: z logits, p softmax, ' of x_adv,
 # v and g the teacher's logits and softmax, s' the second teacher's
 
 def standard(logits, y):
@@ -267,17 +267,17 @@ class Method(NamedTuple):
     recipe: dict | None = None      # --recipe paper: the flags of the method's paper and code. None: unknown
     shares: tuple = ()              # hyper-parameters that are shares, at most 1 together
     # In fp16 the gradient of a confident logit is 0, so the attack's objective is multiplied by this before
-    # it is differentiated. That of MSE has no bound, and overflows before
+    # it is differentiated. MSE's gradient has no bound, and would overflow at 2^10
     fp16_scale: float = 2.0 ** 10
 
 BESIDE = dict(init='normal')        # at x itself KL and MSE to the clean output have no gradient
 # plain momentum and a stepwise rate, as most code before one-cycle; milestones in shares of the training. The
-# steps of .007 of some are the 2/255 of all here
+# attack's step is 2/255 also for those who step by .007
 STEPWISE = dict(schedule='step', lr=0.1, nesterov=False, weight_decay=2e-4)
 
 METHODS = {
     'standard':   Method(standard,   None, recipe={}),
-    # Dallaire et al., this and the next but one: they state neither alpha nor the learning rate, "decreasing"
+    # als, nat_adv, advprop: Dallaire et al., who state neither alpha nor the learning rate, "decreasing"
     'als':        Method(als,        None, shares=('alpha',), recipe=dict(epochs=100)),
     # Madry: 80,000 steps of 128; every forward of the attack moves the running statistics, too
     'pgd_at':     Method(pgd_at,     climb_ce, recipe=dict(
@@ -290,7 +290,7 @@ METHODS = {
     'alp':        Method(alp,        climb_ce),
     'trades':     Method(trades,     climb_kl,  BESIDE, recipe=dict(
                       STEPWISE, epochs=76, milestones=[74 / 76])),
-    # fine-tuned momentum, .95 to .85 and back, is OneCycleLR's default and not copied
+    # theirs cycles momentum between .95 and .85, OneCycleLR's default; here it stays .9
     'hat':        Method(hat,        climb_kl,  BESIDE, 'standard', recipe=dict(epochs=50, lr=0.21)),
     'mart':       Method(mart,       climb_ce,  BESIDE, recipe=dict(
                       STEPWISE, epochs=120, lr=0.01, weight_decay=3.5e-3,
@@ -349,7 +349,7 @@ def hparams(fn):
     """Hyper-parameters of fn and their defaults: its keyword-only arguments. train_adv.py
     turns each into a flag."""
     return {p.name: p.default for p in inspect.signature(fn).parameters.values()
-            if p.kind == p.KEYWORD_ONLY} if fn else {}
+            if p.kind == p.KEYWORD_ONLY}
 
 def inputs(method):
     """Names of all that the method asks for, in its loss and in its attack."""

@@ -265,7 +265,7 @@ def test_pgd_refuses_what_is_no_image_in_0_to_1(x, says):
         attacks.pgd(lambda x: x.sum((1, 2, 3)), x)
     assert '\n' not in str(e.value)
 
-@pytest.mark.parametrize('wrong', [dict(eps=8.0), dict(restarts=0), dict(step_size=[0.1, 0.1]),
+@pytest.mark.parametrize('wrong', [dict(eps=8.0), dict(restarts=0), dict(step_size=[0.1, 0.1]), dict(step_size=torch.ones(10)),
                                    dict(eps=torch.ones(3))])
 def test_pgd_refuses_a_slip_instead_of_a_weaker_attack(wrong):
     with pytest.raises(ValueError):
@@ -278,6 +278,8 @@ def test_pgd_takes_vectors_a_radius_per_image_any_sizes_and_inference_mode():
     eps = torch.tensor([0.1, 0.2, 0.3, 0.4])
     x_adv = attacks.pgd(climb, x, eps=eps, step_size=np.full(10, 0.1))
     assert torch.allclose(x_adv, (0.5 + eps)[:, None].expand(4, 5)) and not x_adv.requires_grad and x.requires_grad
+    one_step = attacks.pgd(climb, x, eps=eps, step_size=eps / 4, steps=1, init='zero')
+    assert torch.allclose(one_step, (0.5 + eps / 4)[:, None].expand(4, 5))
     assert torch.allclose((attacks.pgd(climb, x, eps=eps, step_size=0.1, norm='L2', restarts=2) - x).norm(dim=1), eps)
     assert attacks.pgd(climb, X[:0]).shape == X[:0].shape
     with torch.inference_mode():

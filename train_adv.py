@@ -6,7 +6,7 @@ $ python train_adv.py --loss logit_mse --beta 0.2 --dataset digits     # no down
 $ torchrun --nproc-per-node 8 train_adv.py --loss trades --batch-size 1024 --lr 0.8
 
 The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight
-decay 5e-4, one cycle with cosine annealing to 0.2, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255,
+decay 5e-4, one cycle, cosine up to 0.2 and down to 0, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255,
 selection by PGD-20. support/ keeps a run alive; nothing in it is about the method.
 """
 import argparse
@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 import data
 import models
 from attacks import attack_mode, frozen_statistics, pgd, scaled, step_sizes, weights_perturbed
-from losses import INNERS, METHODS, TARGETS, Softened, hparams, needs
+from losses import INNERS, METHODS, TARGETS, Softened, hparams, inputs, needs
 from models import bn_branch
 from support import checkpoint, ddp, describe, files, refusals, runs, validation
 
@@ -40,9 +40,9 @@ arg('--smoothing', type=float, default=0.1, help='of --targets')
 arg('--recipe', default='default', choices=['default', 'paper'], help="paper: the method's own settings")
 arg('--teacher', metavar='PT', help='frozen teacher (default: a standard one, trained if need be)')
 arg('--standard-teacher', metavar='PT', help='second teacher, of iad2 and kd_swa')
-arg('--teacher-model', help='of a teacher file that holds weights only (default: --model)')
+arg('--teacher-model', help='its architecture, if the file holds weights only (default: --model)')
 arg('--guide-model', help='architecture of the guide of lbgat (default: --model)')
-arg('--guide-width', type=int, help='its first layer (default: --width)')
+arg('--guide-width', type=int, help='channels of its first layer (default: --width)')
 
 arg = parser.add_argument_group('attack, in pixels (0..255)').add_argument
 arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of L2 128, the usual 0.5)")
@@ -51,7 +51,7 @@ arg('--steps', type=int, default=10)
 arg('--norm', default='Linf', choices=['Linf', 'L2'])
 arg('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='TRADES and kin: normal')
 arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
-    help='BN in the attack: running statistics; those of the batch; these, and the running ones move')
+    help="BN's statistics in the attack: running; the batch's; these, and the running ones move")
 arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
 arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
 arg('--free', type=int, default=0, metavar='M', help='free adversarial training: M updates per batch, no PGD')
@@ -99,7 +99,7 @@ arg('--resume', action='store_true', help='continue the run in --out where it wa
 arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
 arg('--dry-run', action='store_true', help='say what would be done and how long it takes')
 
-# four layers of defaults, later ones win: script, dataset, method, recipe. A flag that is given wins over all
+# defaults, later ones win: script, dataset, norm, method, recipe, inner. A flag that is given wins over all
 first, _ = parser.parse_known_args()
 method = METHODS[first.loss]
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir))
@@ -128,7 +128,7 @@ hp = {name: getattr(args, name) for name in hparams(method.loss)}
 # device, data, models. Wrong input is refused here, before any work
 rank, world, device = ddp.init()
 loss_inputs, inner_inputs = needs(method.loss), needs(method.inner)
-wanted = {*loss_inputs, *inner_inputs}
+wanted = inputs(method)
 pseudo_labels = bool(args.extra) and 'y' in wanted              # the teacher labels the extra images
 shape = dict(width=args.width, activation=args.activation)
 refusals.training(args, method, hp, world)
@@ -166,8 +166,8 @@ if args.sync_bn:
     ddp.sync_bn(student, guide)
 averaged = copy.deepcopy(student) if args.ema or args.swa else None
 
-# the speed block: without it the rest computes the same, slower. Checkpoints and validation use `student`
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
+# the speed block: with attacked_net = net instead, all is the same, slower. What is saved is `student`
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [
@@ -354,7 +354,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         averages, step_losses = saved['averages'], list(torch.tensor(saved['step_losses'], device=device))
         delta, class_p, class_sum = (saved[k].to(device) for k in ('delta', 'class_p', 'class_sum'))
     if args.dry_run:
-        student.train()
+        step = total_steps      # past the warm-up of AWP
         run.estimate(update, training_batches(), validate, student, total_steps, validations=args.epochs)
 
     while epoch <= args.epochs:
@@ -381,7 +381,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         if args.swa and epoch > args.swa * args.epochs:
             averages += 1
             move_average(1 / averages)
-            update_bn(data.epoch(d, args.batch_size, args.seed, epoch), averaged)       # on x
+            update_bn(data.epoch(d, args.batch_size, args.seed, epoch), averaged)
         model = averaged if args.ema or averages else student                   # what is judged and kept
         clean, robust, val_loss = validate(model)
         runs.check_finite(losses, val_loss, epoch)

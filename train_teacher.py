@@ -123,13 +123,13 @@ def update(x, y):
 def validate(model):
     """Accuracy in percent and mean CE on the held-out training images; eager, without autocast."""
     model.eval()
-    correct = torch.zeros(2, device=device)
+    sums = torch.zeros(2, device=device)
     for x, y in data.batches(d.x_val[rank::world], d.y_val[rank::world], data.at_once(500, d.x_val)):
         logits = model(x)
-        correct[0] += (logits.argmax(1) == y).sum()
-        correct[1] += F.cross_entropy(logits, y, reduction='sum')
-    ddp.average([correct])
-    clean, loss = (world * correct / len(d.y_val)).tolist()
+        sums[0] += (logits.argmax(1) == y).sum()
+        sums[1] += F.cross_entropy(logits, y, reduction='sum')
+    ddp.average([sums])
+    clean, loss = (world * sums / len(d.y_val)).tolist()
     return 100 * clean, loss
 
 # -----------------------------------------------------------------------------
@@ -154,7 +154,6 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         epoch, batch, best = saved['epoch'], saved['batch'], saved['best']
         step_losses = list(torch.tensor(saved['step_losses'], device=device))
     if args.dry_run:
-        model.train()
         run.estimate(update, training_batches(), validate, model, total_steps, validations=args.epochs)
 
     while epoch <= args.epochs:

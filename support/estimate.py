@@ -63,6 +63,8 @@ def estimate(args, audits, attack, net, x, y):
         elif name != 'clean':
             restarts = args.restarts if name in ('pgd', 'cw') else 1
             table[name] = minutes(clean_images, restarts * STEPS.get(name, args.steps))
+    if args.transfer_from:
+        table['transfer'] = table['transfer-cw'] = minutes(clean_images, args.steps)
     for e in args.sweep_eps:
         table[f'eps {e:g}'] = minutes(clean_images, args.steps)
     for k in args.sweep_steps:

@@ -92,10 +92,13 @@ def resolve(args, ckpt):
 def report_path(args, dual_bn):
     """Beside the checkpoint, with every flag in its name that changes the rows."""
     rows = list(args.attacks)
-    for name in ('transfer_from', 'sweep_eps', 'sweep_steps', 'verify', 'fast', 'draw'):
+    for name in ('transfer_from', 'sweep_eps', 'sweep_steps', 'verify', 'fast', 'individual', 'draw'):
         if getattr(args, name):
             rows.append(name)
     tag = '' if rows == DEFAULT else '-' + '+'.join(rows)
+    for name, usual in (('steps', 20), ('restarts', 1), ('step_size', args.eps / 4), ('seed', 0)):
+        if getattr(args, name) != usual:
+            tag += f'-{name}{getattr(args, name):g}'
     if args.activation:
         tag += f'-{args.activation}'
     if dual_bn:
@@ -147,7 +150,7 @@ def networks(args, run, d, device):
 def searched(args, model, device):
     """-> the network that the attacks search on, whether AutoAttack does so in bf16, and both in words: with
     --compile the compiled one, with --fast its BN folded into its convolutions, and AutoAttack in bf16 where
-    the GPU has it, whose first two attacks then go on in fp32 with what is left. The verdict is the eager
+    that is native, whose first two attacks then go on in fp32 with what is left. The verdict is the eager
     model's in any case."""
     if not args.compile:
         return model, False, 'float32, eager'

@@ -107,8 +107,8 @@ def collate(items):
         return None, None, sum(unreadable, [])
     return torch.stack(images), torch.tensor(numbers), sum(unreadable, [])
 
-def deaf(worker):
-    """To Ctrl-C and SIGTERM, which may reach every process at once: first the training saves its state."""
+def ignore_signals(worker):
+    """Ctrl-C and SIGTERM, which may reach every process at once: first the training saves its state."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -121,12 +121,12 @@ def decode(items, dataset, device):
     """Yield images uint8 (B,SIZE,SIZE,3) on the device and their numbers; items: batches of (i, seed).
     Raises OSError if nothing can be read."""
     loader = torch.utils.data.DataLoader(
-        dataset, batch_sampler=items, collate_fn=collate, worker_init_fn=deaf,
+        dataset, batch_sampler=items, collate_fn=collate, worker_init_fn=ignore_signals,
         num_workers=min(16, cores()), prefetch_factor=2, pin_memory=device.type == 'cuda',
         multiprocessing_context=multiprocessing.get_context('fork'),        # a script would start again
         generator=torch.Generator())            # its own: the training's noise does not depend on it
     loaded = iter(loader)
-    atexit.register(loaded._shutdown_workers)   # a script that ends in the middle would wait for the deaf
+    atexit.register(loaded._shutdown_workers)   # else a script that ends in the middle waits for them
     try:
         for x, numbers, unreadable in loaded:
             if x is None:

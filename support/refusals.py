@@ -7,7 +7,7 @@ import sys
 import torch
 
 import models
-from losses import METHODS, Softened, inputs, needs, smooth
+from losses import METHODS, Softened, climb_kl, climb_mse, inputs, needs, smooth
 from support.files import Refused
 
 def refuse(message):
@@ -34,8 +34,8 @@ def one_line(parser):
 def unknown(arguments, loss, hparams):
     """arguments: those that train_adv.py does not know."""
     if arguments:
-        takes = ' '.join(f'--{name}' for name in hparams) or 'no hyper-parameter'
-        refuse(f'unknown argument {arguments[0]}; --loss {loss} takes {takes}')
+        takes = ' '.join(f'--{name}' for name in hparams) or 'none'
+        refuse(f'unknown argument {arguments[0]}: see --help; hyper-parameters of --loss {loss}: {takes}')
 
 def numbers(args, low, high, *flags):
     """Refuses the flags that are not numbers from low to high; those that are None are left alone."""
@@ -103,6 +103,8 @@ def optimisation(args, world=1):
     numbers(args, 1, 1e9, 'epochs', 'accumulate', 'width', 'subset')
     numbers(args, 2, 1e9, 'batch_size')
     seed(args)
+    if args.subset_seed is not None and args.subset is None:
+        refuse('--subset-seed draws the images of --subset: give both')
     if not all(0 < m < 1 for m in args.milestones):
         refuse('--milestones: shares of the training, from 0 to 1')
     if args.compile and not torch.cuda.is_available() and (args.width or 64) < 8:
@@ -173,6 +175,9 @@ def training(args, method, hp, world=1):
     if args.free and (args.norm != 'Linf' or args.accumulate > 1):
         refuse('--free steps in Linf, and on whole batches')
 
+    if args.init == 'zero' and method.inner in (climb_kl, climb_mse) and not (args.free or args.dual_bn):
+        refuse('--init zero: at x itself this attack has no gradient; --init normal starts beside it')
+
     # labels and images without them
     if args.targets and not takes_soft_targets(method, hp):
         refuse(f'--targets: --loss {loss} takes no cross-entropy to a label')
@@ -186,6 +191,8 @@ def training(args, method, hp, world=1):
         refuse(f'--recipe paper: none is recorded for {loss}; leave it out and set flags')
     if args.recipe == 'paper' and args.dataset == 'imagenet':
         refuse("--recipe paper: those recorded are for CIFAR; --dataset imagenet brings LTD's for ImageNet")
+    if args.recipe == 'paper' and 'step_size' in METHODS[loss].recipe and (args.norm, args.eps) != ('Linf', 8):
+        refuse(f"--recipe paper: {loss}'s steps are for --eps 8 in Linf: leave it out and set flags")
     if args.ema and args.swa:
         refuse('--ema and --swa: one average of the weights at a time')
     if args.swa == 1:

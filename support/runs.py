@@ -51,7 +51,7 @@ class Run:
     read. Raises Refused if another run is at work in the folder, or has been and is not to be continued."""
     def __init__(self, args):
         self.args, self.folder, self.rank = args, args.out, ddp.rank()
-        self.stop_asked = False
+        self.stop_asked, self.header = False, True
         self.rows, self.seconds_before, self.begun = [], 0.0, time.perf_counter()
         self.saved_at = self.row_at = self.begun
         self.at = 'before the first epoch'
@@ -201,7 +201,7 @@ class Run:
         now = time.perf_counter()
         values['min_left'] = (now - self.row_at) * (self.args.epochs - values['epoch']) / 60
         self.row_at = now
-        if not self.rows or self.header:
+        if self.header:
             say(' '.join(k.rjust(9) for k in values))
         self.header = False
         say(' '.join(format(v, describe.COLUMNS[k][0]).rjust(9) for k, v in values.items()))
@@ -209,8 +209,6 @@ class Run:
         if self.rank == 0:
             with open(f'{self.folder}/log.jsonl', 'a') as f:
                 f.write(json.dumps(values) + '\n')
-
-    header = True
 
     def progress(self, things, what, total, initial=0):
         """things, one by one, with a bar on a terminal; without one, a line at least every 30 seconds."""
@@ -230,6 +228,7 @@ class Run:
     def estimate(self, update, batches, validate, net, steps, validations):
         """--dry-run: times a few steps and validate(net), says how long all of it takes, and ends the script.
         steps, validations: how many there are in the whole training."""
+        net.train()
         x, y = next(batches)
         update(x, y)                                # compilation, and what is done once
         t0 = time.perf_counter()
@@ -323,5 +322,5 @@ def check_finite(losses, val_loss, epoch):
     bad = (~losses.isfinite()).nonzero()
     # a last update that broke the weights shows in val_loss only
     if len(bad) or not math.isfinite(val_loss):
-        batch = int(bad[0]) + 1 if len(bad) else len(losses)
-        raise FloatingPointError(f'non-finite loss in epoch {epoch}, batch {batch}')
+        step = int(bad[0]) + 1 if len(bad) else len(losses)
+        raise FloatingPointError(f'non-finite loss in epoch {epoch}, step {step}')

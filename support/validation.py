@@ -26,7 +26,7 @@ def clean_and_pgd(model, x_val, y_val, *, eps, norm='Linf', branch=None, progres
     if progress:
         batches = progress(batches, 'validation', total=math.ceil(len(y_val) / batch_size))
 
-    correct = torch.zeros(3, device=y_val.device)
+    sums = torch.zeros(3, device=y_val.device)
     with attack_mode(model), bn_branch(model, branch):
         for x, y in batches:
             def cross_entropy(x_adv):
@@ -34,9 +34,9 @@ def clean_and_pgd(model, x_val, y_val, *, eps, norm='Linf', branch=None, progres
             x_adv = pgd(cross_entropy, x, eps=eps, step_size=eps / 4, steps=20, norm=norm)
             with torch.no_grad():
                 logits, logits_adv = model(x), model(x_adv)
-            correct[0] += (logits.argmax(1) == y).sum()
-            correct[1] += (logits_adv.argmax(1) == y).sum()
-            correct[2] += F.cross_entropy(logits, y, reduction='sum')
-    ddp.average([correct])
-    clean, robust, loss = (world * correct / n).tolist()
+            sums[0] += (logits.argmax(1) == y).sum()
+            sums[1] += (logits_adv.argmax(1) == y).sum()
+            sums[2] += F.cross_entropy(logits, y, reduction='sum')
+    ddp.average([sums])
+    clean, robust, loss = (world * sums / n).tolist()
     return 100 * clean, 100 * robust, loss

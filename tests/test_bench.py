@@ -166,7 +166,7 @@ def test_scaling_varies_one_thing_at_a_time_and_starts_trainings(tmp_path, monke
 
 @pytest.mark.parametrize('flags, message', [
     ('--loss hat', 'also needs logits_helper t_logits_adv'), ('--loss standard', 'attacks nothing'),
-    ('--loss advprop', 'second BN'), ('--loss trades --gamma 1', '--loss trades takes --beta'),
+    ('--loss advprop', 'second BN'), ('--loss trades --gamma 1', 'of --loss trades: --beta'),
     ('--loss trades --batch-size 1', '--batch-size 1: a number, at least 2'),
     ('--seconds 0', '--seconds 0.0: a number'),
     ('--model resnet7', "unknown model 'resnet7'"), ('--json /proc/x/y.json', '/proc/x'),

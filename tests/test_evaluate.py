@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import data, models
-from support import autoattack, estimate, shards, summary
+from support import autoattack, estimate, evaluation, shards, summary
 from test_smoke import HERE, run
 
 NETS = '''
@@ -269,12 +269,23 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp, tmp_path, capsy
 def test_the_estimate_adds_up(monkeypatch):
     """Of 600 images 300 are right and 60 withstand; a gradient takes 0.1 s, an answer 0.01 s."""
     args = argparse.Namespace(n=600, attacks=['clean', 'pgd', 'autoattack'], steps=20, restarts=2,
-                              individual=False, sweep_eps=[4.0], sweep_steps=[50], shard='0/1')
+                              individual=False, transfer_from='t.pt', sweep_eps=[4.0], sweep_steps=[50], shard='0/1')
     monkeypatch.setattr(estimate, 'measured', lambda *batch: (60, 0.1, 0.01, 0.5, 0.1))
     says = estimate.estimate(args, False, None, None, [0], [0])[1]
     aa = 300 * (101 * 0.1 + 10 * 0.01) / 60 + 60 * (1809 * 0.1 + 5968 * 0.01) / 60
-    shown = f'clean 0.1, pgd 20.0, autoattack {aa:.1f}, eps 4 10.0, pgd-50 25.0'
-    assert shown in says and f'about {1 + 0.1 + 20 + aa + 10 + 25:.1f} minutes' in says
+    shown = f'clean 0.1, pgd 20.0, autoattack {aa:.1f}, transfer 10.0, transfer-cw 10.0, eps 4 10.0, pgd-50 25.0'
+    assert shown in says and f'about {1 + 0.1 + 20 + aa + 20 + 10 + 25:.1f} minutes' in says
+
+def test_the_name_of_a_report_tells_what_its_rows_depend_on():
+    args = dict(checkpoint='best.pt', attacks=['pgd'], norm='Linf', eps=8.0, step_size=2.0, n=100, steps=20,
+                restarts=1, seed=0, transfer_from=None, sweep_eps=[], sweep_steps=[], verify=None, fast=False,
+                individual=False, draw=False, activation=None)
+    def name(**other):
+        return evaluation.report_path(argparse.Namespace(**dict(args, **other)), dual_bn=False)
+    assert name() == 'best.eval-Linf-8-n100-pgd.json'
+    assert name(steps=100, step_size=1.0) == 'best.eval-Linf-8-n100-pgd-steps100-step_size1.json'
+    others = [dict(steps=5), dict(restarts=2), dict(step_size=1.0), dict(seed=1), dict(individual=True)]
+    assert len({name(), *[name(**other) for other in others]}) == 6
 
 def test_the_estimate_knows_what_autoattack_costs(tmp):
     """Gradients and answers per image that no part breaks, counted."""

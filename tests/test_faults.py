@@ -1,6 +1,6 @@
 """A disk that fills up, an impatient user, no network: one clear line each, and what was
 saved before is intact."""
-import pathlib, resource, signal, subprocess, sys, time
+import pathlib, resource, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -87,5 +87,5 @@ def test_a_non_finite_loss_stops_and_keeps_the_last_good_checkpoint(script, tmp_
                             mean_ce(x, y) if reduction is None else ce(x, y, reduction=reduction))
     with pytest.raises(SystemExit) as e:
         run(script, *flags)
-    assert 'non-finite loss in epoch 3, batch 2' in str(e.value) and '\n' not in str(e.value)
+    assert 'non-finite loss in epoch 3, step 2' in str(e.value) and '\n' not in str(e.value)
     assert checkpoint.load_checkpoint(tmp_path / 'last.pt')[1]['epoch'] == 2

@@ -11,7 +11,7 @@ import torch
 import attacks
 import losses
 import models
-from losses import METHODS
+from losses import INNERS, METHODS
 from support import checkpoint, validation
 from test_smoke import TINY, X, Y, run
 
@@ -40,6 +40,13 @@ def train(tmp_path, monkeypatch):
         return live
 
     return start
+
+def test_an_attack_has_one_scale_and_one_start_whatever_row_it_is_in():
+    for name, row in METHODS.items():
+        for inner in INNERS.values():
+            if row.inner is inner.objective:
+                assert row.fp16_scale == inner.fp16_scale, name
+                assert row.settings.get('init', 'uniform') == inner.init or name == 'mart'
 
 X_ADV = (X + 8 / 255 * torch.randn(X.shape, generator=torch.Generator().manual_seed(2)).sign()).clamp(0, 1)
 

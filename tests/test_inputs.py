@@ -23,9 +23,9 @@ def test_half_a_teacher_is_not_taken(tmp_path, monkeypatch):
 
 BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss trade', "invalid choice: 'trade'"),
-    ('train_adv.py', '--loss pgd_at --beta 2', '--loss pgd_at takes no hyper-parameter'),
-    ('train_adv.py', '--loss trades --tau 2', '--loss trades takes --beta'),
-    ('train_adv.py', '--loss trades --bet 2', '--loss trades takes --beta'),
+    ('train_adv.py', '--loss pgd_at --beta 2', 'unknown argument --beta: see --help; hyper-parameters of --loss pgd_at: none'),
+    ('train_adv.py', '--loss trades --tau 2', 'of --loss trades: --beta'),
+    ('train_adv.py', '--loss trades --bet 2', 'of --loss trades: --beta'),
     ('train_adv.py', '--model resnet19', "unknown model 'resnet19'; known: resnet18"),
     ('train_adv.py', '--model net.py', 'returns the network, net.py:FUNCTION'),
     ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/net.py', 'net.py:FUNCTION'),
@@ -55,6 +55,9 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss alp --recipe paper', 'none is recorded for alp'),
     ('train_adv.py', '--loss standard --inner kl', '--loss standard attacks nothing'),
     ('train_adv.py', '--inner l2', "invalid choice: 'l2'"),
+    ('train_adv.py', '--init zero', 'at x itself this attack has no gradient'),
+    ('train_adv.py', '--loss pgd_at --inner kl --init zero', 'at x itself this attack has no gradient'),
+    ('train_adv.py', '--loss dkl --recipe paper --eps 4', "dkl's steps are for --eps 8 in Linf"),
     ('train_adv.py', '--targets als', '--loss logit_mse takes no cross-entropy'),
     ('train_adv.py', '--loss pgd_at --bn-order nat', 'does not put both x and x_adv'),
     ('train_adv.py', '--loss pgd_at --inner kl --bn-order nat', 'does not put both x and x_adv'),
@@ -132,6 +135,12 @@ def test_bad_input_is_one_clear_line(script, argv, says, broken, tmp_path, capsy
     out = capsys.readouterr()
     assert e.value.code == 2 and says in out.err and out.err.count('\n') == 1 and len(out.err) < 400, out
     assert 'epoch' not in out.out           # before any work
+
+def test_a_seed_for_a_subset_that_nobody_asked_for(tmp_path, capsys):
+    for script in ('train_adv.py', 'train_teacher.py'):
+        with pytest.raises(SystemExit):
+            run(script, '--dataset', 'synthetic', '--width', 4, '--subset-seed', 3, '--out', tmp_path)
+        assert '--subset-seed draws the images of --subset: give both' in capsys.readouterr().err
 
 def test_radii_of_imagenet_in_l2(broken, tmp_path):
     """3.0, of the range: 765 pixels."""
