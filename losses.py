@@ -278,15 +278,16 @@ STEPWISE = dict(schedule='step', lr=0.1, nesterov=False, weight_decay=2e-4)
 METHODS = {
     'standard':   Method(standard,   None, recipe={}),
     # als, nat_adv, advprop: Dallaire et al., who state neither alpha nor the learning rate, "decreasing"
-    'als':        Method(als,        None, shares=('alpha',), recipe=dict(epochs=100)),
+    'als':        Method(als,        None, shares=('alpha',), recipe=dict(epochs=100, schedule='cosine')),
     # Madry: 80,000 steps of 128; every forward of the attack moves the running statistics, too
     'pgd_at':     Method(pgd_at,     climb_ce, recipe=dict(
-                      STEPWISE, epochs=205, milestones=[0.5, 0.75], attack_bn='moving')),
+                      STEPWISE, epochs=209, milestones=[0.5, 0.75], attack_bn='moving')),
     # two steps of 2/255 from x, short of their eps of 0.1
-    'nat_adv':    Method(nat_adv,    climb_ce, recipe=dict(epochs=100, steps=2, init='zero')),
+    'nat_adv':    Method(nat_adv,    climb_ce, recipe=dict(
+                      epochs=100, schedule='cosine', steps=2, init='zero')),
     # their Algorithm 1 hands the flag of AdvProp to the prediction and not to the attack: the main BN crafts
-    'advprop':    Method(advprop,    climb_ce, dict(dual_bn=True),
-                         recipe=dict(epochs=100, steps=2, init='zero', craft_branch='main')),
+    'advprop':    Method(advprop,    climb_ce, dict(dual_bn=True), recipe=dict(
+                      epochs=100, schedule='cosine', steps=2, init='zero', craft_branch='main')),
     'alp':        Method(alp,        climb_ce),
     'trades':     Method(trades,     climb_kl,  BESIDE, recipe=dict(
                       STEPWISE, epochs=76, milestones=[74 / 76])),

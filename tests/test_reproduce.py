@@ -119,7 +119,7 @@ def test_the_papers_settings():
     assert (a.epochs, a.lr, a.weight_decay, a.nesterov) == (300, 0.1, 2e-4, False)
     assert [round(m * a.epochs) for m in a.milestones] == [215, 260, 285]
     a = resolved('p3-table1', 'adversarial')
-    assert (a.epochs, a.steps, round(a.eps / 255, 3), a.step_size) == (100, 2, 0.1, 2)
+    assert (a.epochs, a.schedule, a.steps, round(a.eps / 255, 3), a.step_size) == (100, 'cosine', 2, 0.1, 2)
     a = resolved('p3-table2', 'adversarial')
     assert (a.steps, a.eps / 255, a.step_size / 255) == (2, 0.5, 0.5)
     for table, row in (('p4-table1', 'ltd'), ('p4-table5', 'adv-nat'), ('p4-table6', 'T=50')):

@@ -96,6 +96,9 @@ def notes_on(plan):
                      "cycle to 0.2, whatever the paper has: not the paper's setting.")
     else:
         notes.append(f"Scale paper: {plan.dataset}, the paper's own settings.")
+    if plan.scale:
+        notes.append('1,000 training images are held out. A test image counts as robust if it and its adversarial '
+                     'image are both right.')
     return [f'- {note}' for note in notes + list(plan.table.notes)]
 
 def markdown(plan, found):
