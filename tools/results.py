@@ -10,7 +10,7 @@ import statistics
 from typing import NamedTuple
 
 from support.files import say
-from tools.plan import all_flags, evaluations, filled, first_jobs, record, text_of
+from tools.plan import FIRST_EPOCHS, all_flags, evaluations, filled, first_jobs, record, text_of
 
 class Measured(NamedTuple):
     reports: dict                   # name of the evaluation -> report
@@ -92,8 +92,8 @@ def notes_on(plan):
     if plan.table.budget is not None:
         notes.append(f'Every row: `python train_adv.py {plan.table.budget}` and its flags.')
     elif plan.scale == 'cpu':
-        notes.append(f'Scale cpu: {plan.dataset}, ResNet-18 of width {plan.width}, {epochs} epochs, one '
-                     "cycle to 0.2, whatever the paper has: not the paper's setting.")
+        notes.append(f'Scale cpu: {plan.dataset}, ResNet-18 of width {plan.width}, {epochs} epochs (a teacher: '
+                     f"{FIRST_EPOCHS}), one cycle to 0.2, whatever the paper has: not the paper's setting.")
     else:
         notes.append(f"Scale paper: {plan.dataset}, the paper's own settings.")
     if plan.scale:
