@@ -9,7 +9,7 @@ from PIL import Image
 import data
 import models
 from support import checkpoint, imagenet
-from test_smoke import README, X, Y, run
+from test_smoke import HERE, README, X, Y, run
 
 def test_readme_example_runs():
     """Both sides of the before/after diff, on a toy network."""
@@ -44,6 +44,7 @@ def test_readme_commands_run(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(d.x_train[k].numpy()).save(path)
     torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'model_test.pt')
+    (tmp_path / 'results').symlink_to(HERE / 'results')
     commands = [re.sub(r'^torchrun .*?(?=train_)', 'python ', line) # its processes: tests/test_survival.py
                 for block in re.findall(r'```sh\n(.*?)```', README, re.S)
                 for line in block.splitlines() if line.startswith(('python ', 'torchrun '))]

@@ -1,0 +1,1 @@
+train_teacher.py --width 8 --epochs 20 --compile
