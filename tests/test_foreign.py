@@ -317,6 +317,18 @@ def test_what_stands_beside_the_weights_is_not_run(net, tmp_path):
         with pytest.raises(Refused, match='save its state dict alone'):
             load(tmp_path / 'w.pt', {'model': net.state_dict(), 'thing': thing})
 
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_a_malicious_pickle_is_called_one_and_not_run(zipped, protocol, net, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path}/ran',)
+    torch.save({'state_dict': net.state_dict(), 'epoch': Payload()}, tmp_path / 'w.pt', pickle_protocol=protocol,
+               _use_new_zipfile_serialization=zipped)
+    with pytest.raises(Refused, match=f'would run {os.system.__module__}.system .*malicious') as e:
+        checkpoint.read(tmp_path / 'w.pt')
+    assert '\n' not in str(e.value) and not (tmp_path / 'ran').exists()
+
 def test_files_that_are_something_else_are_named(net, tmp_path):
     path = tmp_path / 'w.pt'
     torch.save(net.state_dict(), path)
