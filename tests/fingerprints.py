@@ -6,9 +6,11 @@ $ python tests/fingerprints.py                          # print them, two number
 $ python tests/fingerprints.py --json after.json        # ... and write them down
 $ python tests/fingerprints.py --compare before.json    # status 1 if a digest differs
 
-A digest is exact, and holds on one machine and one version of PyTorch. `figures` are projections of the weights and of
-the statistics on fixed random directions, relative to their size: they hold, to a tolerance, on another machine too,
-and tests/test_fingerprints.py compares them with the stored ones. On one thread, in fp32, on `synthetic`.
+A digest is exact, and holds for one version of PyTorch and one instruction set: AVX2 here, also on a processor that has
+more. (With AVX-512 it rounds otherwise, and where a gradient is next to zero a pixel goes the other way.) `figures` are
+projections of the weights and of the statistics on fixed random directions, relative to their size: they hold, to a
+tolerance, for another version too, and tests/test_fingerprints.py compares them with the stored ones. On one thread, in
+fp32, on `synthetic`.
 """
 import argparse
 import contextlib
@@ -20,6 +22,9 @@ import pathlib
 import runpy
 import sys
 import tempfile
+
+# before torch is loaded, which looks at them once
+os.environ.update(ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2', MKL_ENABLE_INSTRUCTIONS='AVX2')
 
 import numpy as np
 import torch
