@@ -16,7 +16,7 @@ from test_smoke import HERE, TINY, X, Y, run
 from tools import scaling, steps
 from tools.steps import Tricks
 
-SMALL = '--model wrn-10-1 --width 8 --batch-size 6 --steps 3'.split()           # compiled in seconds
+SMALL = '--model wrn-10-1 --width 8 --batch-size 6 --steps 3 --amp off'.split()         # compiled in seconds
 X = 0.1 + 0.8 * X
 
 # what the repository of TRADES has under this name, in short: it asks for a GPU
@@ -112,8 +112,7 @@ def test_fast_equals_plain(loss):
         assert torch.allclose(weights, weights2, rtol=1e-3, atol=1e-4), tricks
 
 def test_fast_is_what_train_adv_does(tmp_path):
-    train = run('train_adv.py', '--loss', 'trades', *TINY, *SMALL[:4], '--epochs', 1, '--steps', 3,
-                '--batch-size', 32, '--out', tmp_path)
+    train = run('train_adv.py', '--loss', 'trades', *TINY, *SMALL, '--epochs', 1, '--batch-size', 32, '--out', tmp_path)
     s = setting('trades', init=train['args'].init)
     net, craft, _ = steps.ours(s, Tricks(once=True, frozen=True))
     train['student'].load_state_dict(net.state_dict())
