@@ -153,11 +153,8 @@ def row(name, folder='data'):
 def defaults(name, folder='data', teacher=False):
     """{flag: value}, what the dataset brings to a training script. Raises Refused for an unknown name."""
     known = row(name, folder)
-    flags, own = dict(known.get('flags', {})), dict(known)
-    if teacher:
-        own = dict(epochs=known.get('teacher_epochs'))
-    flags.update({flag: own[flag] for flag in ('eps', 'epochs', 'steps') if own.get(flag)})
-    return flags
+    names = dict(epochs='teacher_epochs') if teacher else dict(eps='eps', epochs='epochs', steps='steps')
+    return dict(known.get('flags', {}), **{flag: known[name] for flag, name in names.items() if name in known})
 
 def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, device='cpu', training=True):
     """
