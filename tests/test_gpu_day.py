@@ -25,10 +25,10 @@ def test_rehearsal(tmp_path):
     record = json.loads((tmp_path / 'day/day.json').read_text())
     assert done.returncode == 0, (done.stdout, record)
     assert not record['failed']
-    assert {'tests', 'bench-large', 'teacher', 'logit_mse-eager', 'trades-fast'} < set(record['done'])
+    assert {'tests', 'bench-small', 'teacher', 'logit_mse-eager', 'trades-fast'} < set(record['done'])
     assert record['done']['tests']['status'] == 0 and record['plans']['trades']['epochs'] == 2
     back = tmp_path / 'day/back'
-    for name in ('versions.log', 'tests.log', 'tricks.json', 'logit_mse-log.jsonl', 'trades-fast.json',
+    for name in ('versions.log', 'tests.log', 'bench-small.json', 'logit_mse-log.jsonl', 'trades-fast.json',
                  'logit_mse-1.pt'):
         assert (back / name).exists(), name
     assert list((back / 'figures').glob('*.png'))

@@ -50,9 +50,8 @@ REAL = dict(net='--dataset cifar10 --data-dir {data}', attack='', tests='', tric
             bench='--seconds 4', small=128, large=512, whole='--n 10000 --batch-size 1000',
             part='--n 1000 --batch-size 500', most=100)
 REHEARSAL = dict(net='--dataset synthetic --model wrn-10-1 --width 8 --subset 64 --batch-size 16 --amp off',
-                 attack='--steps 2', tests='-k "logits or folded"', tricks='--add fused',
-                 bench='--model wrn-10-1 --width 8 --steps 2 --seconds 0.05',
-                 small=16, large=16,       # one shape, compiled once
+                 attack='--steps 2', tests='-k "logits or folded"',
+                 bench='--model wrn-10-1 --width 8 --steps 2 --seconds 0.05', small=16,
                  whole='--n 16', part='--n 8', most=2)
 
 BENCH = '-m tools.bench --loss logit_mse {bench}'
@@ -96,10 +95,11 @@ STEPS.append(Step('figures', '-m tools.figures {dir}/logit_mse-fast.json {dir}/t
                   '--checkpoint none --out {dir}/back/figures',
                   'back/figures', 0.5, ('logit_mse-fast', 'trades-fast')))
 
+# what a rehearsal leaves out: a CPU has no graphs, and of bench and of measured rates one will do
+NOT_REHEARSED = 'bench-large', 'tricks', 'rate-teacher', 'rate-eager', 'rate-graphs'
+
 def steps_of(args):
-    if args.rehearse:               # a CPU has no graphs, and one measured rate will do
-        return [step for step in STEPS if step.name not in ('rate-graphs', 'rate-eager')]
-    return STEPS
+    return [step for step in STEPS if not (args.rehearse and step.name in NOT_REHEARSED)]
 
 # -----------------------------------------------------------------------------
 # the plan
