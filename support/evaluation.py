@@ -12,7 +12,7 @@ import data
 import models
 from models import bn_branch
 from support import imagenet, refusals
-from support.autoattack import FAST, PARTS
+from support.autoattack import FAST, PARTS, package
 from support.checkpoint import is_ours, load_checkpoint
 from support.refusals import refuse
 
@@ -60,6 +60,13 @@ def architecture(args, ckpt):
     if (args.transfer_model or args.transfer_width) and not args.transfer_from:
         refuse('--transfer-model and --transfer-width are of --transfer-from')
 
+def has_autoattack():
+    """Raises Refused where its package is not installed."""
+    try:
+        package()
+    except ImportError as e:
+        refuse(str(e))
+
 def resolve(args, ckpt):
     """Fills in what args leaves open from ckpt, the content of args.checkpoint, if it is one of ours. -> the
     run that it was trained in, {} if unknown, and --shard as two numbers. Raises Refused for what cannot be
@@ -87,6 +94,8 @@ def resolve(args, ckpt):
         refuse('weak and strong are Linf attacks, and so is pgd-trades')
     if args.fast and (args.individual or set(PARTS) & set(args.attacks)):
         refuse('--fast is for autoattack as a whole: what a part alone leaves has no second search')
+    if {'autoattack', 'aa-fast', *PARTS} & set(args.attacks):
+        has_autoattack()
     return run, shard
 
 def report_path(args, dual_bn):
@@ -157,7 +166,8 @@ def searched(args, model, device):
     words, faster = 'float32, compiled', model
     if args.fast and '.py:' not in model.config['name']:        # of another network only its author knows
         with bn_branch(model, args.branch):
-            faster = models.folded(model)
+            # said here: for batches of many sizes the compiler leaves a layout as it is
+            faster = models.folded(model).to(memory_format=models.layout(device))
         if not any(isinstance(m, torch.nn.BatchNorm2d) for m in faster.modules()):
             words += ', BN folded'
     half = args.fast and models.autocast_dtype('auto', device) is torch.bfloat16

@@ -2,6 +2,7 @@
 What cannot be trained or attacked is refused before any work: one line that says what to do.
 """
 import math
+import os
 import sys
 
 import torch
@@ -193,6 +194,10 @@ def training(args, method, hp, world=1):
         refuse("--recipe paper: those recorded are for CIFAR; --dataset imagenet brings LTD's for ImageNet")
     if args.recipe == 'paper' and 'step_size' in METHODS[loss].recipe and (args.norm, args.eps) != ('Linf', 8):
         refuse(f"--recipe paper: {loss}'s steps are for --eps 8 in Linf: leave it out and set flags")
+    if args.compile and os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1' and (
+            args.amp == 'off' or args.accumulate > 1):
+        refuse('TORCHINDUCTOR_CUDAGRAPHS=1 goes neither with --amp off nor with --accumulate: a graph overwrites '
+               'what its last run has returned')
     if args.ema and args.swa:
         refuse('--ema and --swa: one average of the weights at a time')
     if args.swa == 1:

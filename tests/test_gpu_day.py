@@ -5,6 +5,8 @@ done.
 import argparse
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -50,33 +52,57 @@ def test_weights_come_back_in_pieces_and_are_joined(tmp_path, monkeypatch):
         assert torch.allclose(joined.state_dict()[k], v, rtol=1e-3, atol=1e-6)
 
 def run_with(rate):
-    return [json.dumps({}), *[json.dumps(dict(epoch=k, min_left=rate * (3 - k) / 60)) for k in (1, 2, 3)]]
+    """The log of a run over 100 images, at 100 images a second and rate seconds an epoch."""
+    rows = [dict(epoch=k, img_per_s=100, min_left=rate * (3 - k) / 60) for k in (1, 2, 3)]
+    return ''.join(json.dumps(line) + '\n' for line in [dict(train_images=100), *rows])
 
 def test_a_training_is_planned_from_the_fastest_way_that_worked(tmp_path):
-    for name, rate in (('rate-eager', 9.0), ('rate-compile', 6.0), ('rate-graphs', 3.0)):
+    for name, rate in (('rate-compile', 4.0), ('rate-graphs', 1.0)):
         (tmp_path / f'runs/{name}').mkdir(parents=True)
-        (tmp_path / f'runs/{name}/log.jsonl').write_text('\n'.join(run_with(rate)) + '\n')
+        (tmp_path / f'runs/{name}/log.jsonl').write_text(run_with(rate))
     step = Step('logit_mse', '', '', 7, rates=gpu_day.WAYS)
+    settings = dict(images=300, fallback=30, most=100)              # two seconds more for 200 more images
     # graphs have failed
-    plan = gpu_day.planned(step, tmp_path, {'rate-eager': {}, 'rate-compile': {}}, 5, 100)
-    assert plan['epochs'] == int(0.85 * 300 / 6) and plan['fast'] == '--compile' and not plan['env']
-    plan = gpu_day.planned(step, tmp_path, dict.fromkeys(gpu_day.WAYS), 60, 100)
+    plan = gpu_day.planned(step, tmp_path, {'rate-compile': {}}, 5, settings)
+    assert plan['epochs'] == int(0.85 * 300 / 6) and not plan['env']
+    plan = gpu_day.planned(step, tmp_path, dict.fromkeys(gpu_day.WAYS), 60, settings)
     assert plan['epochs'] == 100 and plan['env'] == {'TORCHINDUCTOR_CUDAGRAPHS': '1'}
-    plan = gpu_day.planned(step, tmp_path, {'rate-eager': {}}, 0.1, 100)
-    assert plan['epochs'] == 2 and plan['fast'] == ''
-    assert gpu_day.planned(step, tmp_path, {}, 5, 100)['why'] == 'no rate was measured'
+    assert gpu_day.planned(step, tmp_path, {'rate-compile': {}}, 0.1, settings)['epochs'] == 2
+    plan = gpu_day.planned(step, tmp_path, {}, 5, settings)
+    assert plan['epochs'] == int(0.85 * 300 / 30) and 'not measured' in plan['why']
+
+def test_the_steps_that_have_to_follow_keep_their_minutes():
+    first, last, more = Step('a', '', '', 10), Step('b', '', '', 5), Step('c', '', '', 7, extra=True)
+    steps = [first, more, last]
+    assert gpu_day.minutes_for(first, steps, 15) == 10 and gpu_day.minutes_for(first, steps, 30) == 20
+    assert gpu_day.minutes_for(more, steps[1:], 30) == 7 and gpu_day.minutes_for(more, steps[1:], 3) == 3
+    asked = sum(step.minutes for step in gpu_day.STEPS if not step.extra)
+    assert 24 < asked < 26                          # --minutes 25 gives each what it asks for
+
+def test_the_core_of_the_cuda_tests_is_some_of_each_kind():
+    """What a GPU day runs first, as pytest reads it where there is a GPU."""
+    seen = ('import sys, pytest, torch; torch.cuda.is_available = lambda: True; '
+            'sys.exit(pytest.main(sys.argv[1:]))')
+    command = [sys.executable, '-c', seen, '--collect-only', '-q', '-p', 'no:cacheprovider',
+               'tests/test_cuda.py', *shlex.split(gpu_day.REAL['tests'])]
+    listed = subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout
+    whole = (HERE / 'tests/test_cuda.py').read_text()
+    left_out = {'test_train_adv_compiled_crafts_and_updates_as_eager'}
+    assert {name for name in re.findall(r'def (test_\w+)', whole) if f'::{name}' not in listed} == left_out
+    assert 15 < listed.count('::') < 30 and '[standard-' not in listed and '[logit_mse-graphs]' in listed
 
 def test_what_is_cut_continues_and_what_fails_is_left_out_and_tried_again(tmp_path, monkeypatch, capsys):
     write = "import sys; open(sys.argv[1], 'a').write('x')"
     steps = [Step('slow', f'-c "{write}; import time; time.sleep(60)" {{dir}}/slow', 'slow', 1),
              Step('wrong', '-c "import sys; print(1 / 0)"', 'wrong', 1),
              Step('after', f'-c "{write}" {{dir}}/after', 'after', 1, needs=('wrong',)),
-             Step('last', f'-c "{write}" {{dir}}/last', 'last', 1)]
+             Step('last', f'-c "{write}" {{dir}}/last', 'last', 1),
+             Step('more', f'-c "{write}" {{dir}}/more', 'more', 1, extra=True)]
     monkeypatch.setattr(gpu_day, 'steps_of', lambda args: steps)
     args = argparse.Namespace(out=str(tmp_path), data_dir='data', minutes=0.7, now=None, rehearse=True)
     assert not gpu_day.day(args)                    # slow has a quarter of the time
     record = json.loads((tmp_path / 'day.json').read_text())
-    assert set(record['done']) == {'last'} and set(record['failed']) == {'slow', 'wrong', 'after'}
+    assert set(record['done']) == {'last', 'more'} and set(record['failed']) == {'slow', 'wrong', 'after'}
     assert 'stopped after' in record['failed']['slow'] and record['failed']['wrong'] == 'ended with status 1'
     out = capsys.readouterr().out
     assert 'ZeroDivisionError' in out and 'left out: needs wrong' in out
@@ -87,6 +113,25 @@ def test_what_is_cut_continues_and_what_fails_is_left_out_and_tried_again(tmp_pa
     assert gpu_day.day(args)
     assert (tmp_path / 'slow').read_text() == 'xx'
     assert (tmp_path / 'last').read_text() == 'x'   # done is done
+
+def test_what_was_judged_of_a_training_that_was_cut_is_judged_again(tmp_path, monkeypatch):
+    write = "import os, sys; os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True); open(sys.argv[1], 'a').write('x')"
+    steps = [Step('a', f'-c "{write}; import time; time.sleep(60)" {{dir}}/runs/a/best.pt', 'runs/a/last.pt', 1),
+             Step('bench', f'-m {{dir}}', 'bench', 1),
+             Step('judge', f'-c "{write}" {{dir}}/a.json', 'a.json', 1, needs=('runs/a/best.pt',))]
+    monkeypatch.setattr(gpu_day, 'steps_of', lambda args: steps)
+    args = argparse.Namespace(out=str(tmp_path), data_dir='data', minutes=0.5, now=None, rehearse=True)
+    monkeypatch.setattr(gpu_day, 'bring_back', lambda folder: None)         # these are no checkpoints
+    assert not gpu_day.day(args)
+    record = json.loads((tmp_path / 'day.json').read_text())
+    assert set(record['done']) == {'judge'} and (tmp_path / 'a.json').read_text() == 'x'
+
+    cut = {'a': 'stopped after 10 s', 'bench': 'stopped after 10 s'}
+    assert [step.name for step in gpu_day.in_order(args, {}, cut)] == ['a', 'judge', 'bench']
+    steps[0] = steps[0]._replace(command=f'-c "{write}" {{dir}}/runs/a/last.pt')
+    steps[1] = steps[1]._replace(command=f'-c "{write}" {{dir}}/bench')
+    args.minutes = 2
+    assert gpu_day.day(args) and (tmp_path / 'a.json').read_text() == 'x'       # anew, not 'xx'
 
 def test_sigterm_stops_the_step_at_work(tmp_path):
     day = subprocess.Popen([sys.executable, '-m', 'tools.gpu_day', '--rehearse', '--out', tmp_path], cwd=HERE,

@@ -1,5 +1,7 @@
 """Bad input is one clear line that says what to do, before any work starts; never a traceback."""
-import subprocess, types
+import importlib.util
+import subprocess
+import types
 
 import numpy as np
 import pytest
@@ -141,6 +143,24 @@ def test_a_seed_for_a_subset_that_nobody_asked_for(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(script, '--dataset', 'synthetic', '--width', 4, '--subset-seed', 3, '--out', tmp_path)
         assert '--subset-seed draws the images of --subset: give both' in capsys.readouterr().err
+
+def test_graphs_are_refused_where_they_would_overwrite_what_is_read_later(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv('TORCHINDUCTOR_CUDAGRAPHS', '1')
+    for flags in ['--amp', 'off'], ['--accumulate', 2]:
+        with pytest.raises(SystemExit) as e:
+            run('train_adv.py', '--loss', 'trades', *TINY, '--width', 8, '--compile', *flags, '--out', tmp_path)
+        err = capsys.readouterr().err
+        assert e.value.code == 2 and 'TORCHINDUCTOR_CUDAGRAPHS=1' in err and err.count('\n') == 1
+
+def test_without_autoattack_an_evaluation_says_so_before_it_begins(broken, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, package=None: None)
+    command = ['evaluate.py', broken / 'ten.pt', '--dataset', 'synthetic', '--n', 4, '--no-audit']
+    with pytest.raises(SystemExit) as e:
+        run(*command, '--out', tmp_path / 'e.json')
+    out = capsys.readouterr()
+    assert e.value.code == 2 and 'pip install pyautoattack' in out.err and out.err.count('\n') == 1
+    assert 'clean' not in out.out
+    run(*command, '--attacks', 'clean', '--out', tmp_path / 'e.json')       # the rest does not need it
 
 def test_radii_of_imagenet_in_l2(broken, tmp_path):
     """3.0, of the range: 765 pixels."""

@@ -7,10 +7,11 @@ $ python -m tools.gpu_day --minutes 25 --out runs/gpu_day --now 9  # nine of the
 $ python -m tools.gpu_day --rehearse --out /tmp/rehearsal          # on a CPU, tiny, in under 3 minutes
 $ python -m tools.gpu_day --join runs/gpu_day/back/logit_mse       # the weights that came back, as one file
 
-The steps are data, STEPS. Each gets its share of the time that is left; what one leaves over goes to the
-next. A training is planned before it starts: a short one has shown how long an epoch takes, and as many of
-100 are asked for as fit, so that the schedule is annealed to its end. What is stopped is continued; what
-fails is reported, the steps that need it are left out, and the next time they are tried again. DIR/back is
+The steps are data, STEPS, the most important first; extras follow if time is left, or with more --minutes.
+Each has so many of the 25 minutes; what one leaves over goes to the next. A training is planned before it
+starts: a short one has shown how long an epoch takes, and as many of 100 are asked for as fit, so that the
+schedule is annealed to its end. What is cut is continued by the next call, and of a training that was cut
+best.pt is evaluated meanwhile. What fails is reported, and the next time it is tried again. DIR/back is
 what to bring home: logs, JSON, figures, weights in half precision in pieces of at most 15 MB.
 """
 import argparse
@@ -28,6 +29,7 @@ from typing import NamedTuple
 import torch
 
 from support import checkpoint, files, refusals
+from support.evaluation import has_autoattack
 from support.files import Refused, atomic, say
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -40,63 +42,72 @@ class Step(NamedTuple):
     name: str
     command: str                    # of python; {...} is a setting, the folder, or planned
     product: str                    # the file in DIR that it makes, beside NAME.log
-    share: float                    # of the time that is left, beside the shares of all that are left
-    needs: tuple = ()               # steps that have to be done before
+    minutes: float                  # of 25
+    needs: tuple = ()               # files in DIR: without them it is left out
     rates: tuple = ()               # of a training: the steps whose logs say how long an epoch takes
     statuses: tuple = (0,)          # with which it is done: of tests that fail the log is the result
     env: dict = {}
+    extra: bool = False             # comes after all others, if time is left
 
-REAL = dict(net='--dataset cifar10 --data-dir {data}', attack='', tests='', tricks='--tricks',
-            bench='--seconds 4', small=128, large=512, whole='--n 10000 --batch-size 1000',
-            part='--n 1000 --batch-size 500', most=100)
+CORE = ('"(logits and resnet18 and not preact) or (every_loss and (trades or logit_mse or dkl or rslad or adaad)) '
+        'or (eager_does and logit_mse) or (bit_for_bit and bf16) or without or fast or processes or memory"')
+REAL = dict(net='--dataset cifar10 --data-dir {data}', attack='', tests=f'-k {CORE}', bench='--seconds 4',
+            small='--batch-size 128 --add graphs', teacher=8, rate='--subset 12800 --epochs 3', images=49_000,
+            part='--n 1000 --batch-size 500', fallback=30, most=100)
 REHEARSAL = dict(net='--dataset synthetic --model wrn-10-1 --width 8 --subset 64 --batch-size 16 --amp off',
                  attack='--steps 2', tests='-k "logits or folded"',
-                 bench='--model wrn-10-1 --width 8 --steps 2 --seconds 0.05', small=16,
-                 whole='--n 16', part='--n 8', most=2)
+                 bench='--model wrn-10-1 --width 8 --steps 2 --seconds 0.05',
+                 small='--batch-size 16', teacher=2, rate='--epochs 3', images=64, part='--n 16', fallback=1, most=2)
 
+TESTS = '-m pytest -v --tb=short -p no:cacheprovider tests/test_cuda.py'
 BENCH = '-m tools.bench --loss logit_mse {bench}'
-TEACHER = 'train_teacher.py {net} --save-minutes 1 --compile'
 LOGIT_MSE = ('train_adv.py {net} {attack} --save-minutes 1 --loss logit_mse --beta 0.2 '
              '--teacher {dir}/runs/teacher/best.pt')
 TRADES = 'train_adv.py {net} {attack} --save-minutes 1 --loss trades --beta 5'
 GRAPHS = dict(TORCHINDUCTOR_CUDAGRAPHS='1')
-WAYS = 'rate-eager', 'rate-compile', 'rate-graphs'      # to take the same step: the fastest is taken
+WAYS = 'rate-compile', 'rate-graphs'                    # to take the same step: the faster is taken
+TEACHER = 'runs/teacher/best.pt'
 
+def rated(name, env):
+    return Step(name, f'{LOGIT_MSE} {{rate}} --compile --out {{dir}}/runs/{name}', f'runs/{name}/last.pt',
+                1.7, (TEACHER,), env=env)
+
+def trained(name, command, minutes, needs):
+    return Step(name, f'{command} --epochs {{epochs}} --compile --out {{dir}}/runs/{name} --resume',
+                f'runs/{name}/last.pt', minutes, needs, WAYS)
+
+def judged(name, of, flags, minutes, extra=False):
+    """Of best.pt, also of a training that was cut."""
+    return Step(name, f'evaluate.py {{dir}}/runs/{of}/best.pt {flags} --out {{dir}}/{name}.json', f'{name}.json',
+                minutes, (f'runs/{of}/best.pt',), extra=extra)
+
+FAST = '{part} --fast --attacks clean pgd autoattack'
+EAGER = '{part} --no-audit --attacks clean autoattack'
 STEPS = [
     Step('versions', '-m torch.utils.collect_env', 'versions.log', 0.5),
-    Step('tests', '-m pytest -q -p no:cacheprovider tests/test_cuda.py {tests}', 'tests.log', 5,
-         statuses=(0, 1)),
-    Step('bench-small', f'{BENCH} --batch-size {{small}} --profile --json {{dir}}/bench-small.json',
-         'bench-small.json', 1),
-    Step('bench-large', f'{BENCH} --batch-size {{large}} --profile --json {{dir}}/bench-large.json',
-         'bench-large.json', 1),
-    Step('tricks', f'{BENCH} --batch-size {{small}} {{tricks}} --json {{dir}}/tricks.json', 'tricks.json', 3),
-    Step('rate-teacher', f'{TEACHER} --epochs 3 --out {{dir}}/runs/rate-teacher',
-         'runs/rate-teacher/last.pt', 0.7),
-    Step('teacher', f'{TEACHER} --epochs {{epochs}} --out {{dir}}/runs/teacher --resume',
-         'runs/teacher/last.pt', 2, rates=('rate-teacher',)),
-    Step('rate-eager', f'{LOGIT_MSE} --epochs 3 --out {{dir}}/runs/rate-eager',
-         'runs/rate-eager/last.pt', 0.7, needs=('teacher',)),
-    Step('rate-compile', f'{LOGIT_MSE} --epochs 3 --compile --out {{dir}}/runs/rate-compile',
-         'runs/rate-compile/last.pt', 1, needs=('teacher',)),
-    Step('rate-graphs', f'{LOGIT_MSE} --epochs 3 --compile --out {{dir}}/runs/rate-graphs',
-         'runs/rate-graphs/last.pt', 1, needs=('teacher',), env=GRAPHS)]
-for name, command, needs in ('logit_mse', LOGIT_MSE, ('teacher',)), ('trades', TRADES, ()):
-    STEPS += [
-        Step(name, f'{command} --epochs {{epochs}} {{fast}} --out {{dir}}/runs/{name} --resume',
-             f'runs/{name}/last.pt', 7, needs, WAYS),
-        Step(f'{name}-fast', f'evaluate.py {{dir}}/runs/{name}/best.pt {{whole}} --fast '
-             f'--attacks clean pgd autoattack --out {{dir}}/{name}-fast.json',
-             f'{name}-fast.json', 3, (name,)),
-        Step(f'{name}-eager', f'evaluate.py {{dir}}/runs/{name}/best.pt {{part}} --no-audit '
-             f'--attacks clean autoattack --out {{dir}}/{name}-eager.json',
-             f'{name}-eager.json', 1.5, (name,))]
-STEPS.append(Step('figures', '-m tools.figures {dir}/logit_mse-fast.json {dir}/trades-fast.json '
-                  '--checkpoint none --out {dir}/back/figures',
-                  'back/figures', 0.5, ('logit_mse-fast', 'trades-fast')))
+    Step('tests', f'{TESTS} {{tests}}', 'tests.log', 3.5, statuses=(0, 1)),
+    Step('bench-small', f'{BENCH} {{small}} --profile --json {{dir}}/bench-small.json', 'bench-small.json', 3),
+    Step('teacher', 'train_teacher.py {net} --save-minutes 1 --compile --epochs {teacher} '
+         '--out {dir}/runs/teacher --resume', 'runs/teacher/last.pt', 2.3),
+    rated('rate-graphs', GRAPHS),
+    rated('rate-compile', {}),
+    trained('logit_mse', LOGIT_MSE, 5, (TEACHER,)),
+    judged('logit_mse-fast', 'logit_mse', FAST, 2),
+    trained('trades', TRADES, 4, ()),
+    judged('trades-fast', 'trades', FAST, 1.5),
+    Step('figures', '-m tools.figures {dir}/logit_mse-fast.json {dir}/trades-fast.json --checkpoint none '
+         '--out {dir}/back/figures', 'back/figures', 0.3, ('logit_mse-fast.json', 'trades-fast.json')),
+    judged('logit_mse-eager', 'logit_mse', EAGER, 4, extra=True),
+    judged('trades-eager', 'trades', EAGER, 4, extra=True),
+    Step('bench-large', f'{BENCH} --batch-size 512 --profile --json {{dir}}/bench-large.json', 'bench-large.json', 3,
+         extra=True),
+    Step('tricks', f'{BENCH} --batch-size 128 --tricks --json {{dir}}/tricks.json', 'tricks.json', 7, extra=True),
+    judged('logit_mse-whole', 'logit_mse', '--n 10000 --batch-size 1000 --fast --attacks clean pgd autoattack',
+           13, extra=True),
+    Step('tests-all', TESTS, 'tests-all.log', 10, statuses=(0, 1), extra=True)]
 
-# what a rehearsal leaves out: a CPU has no graphs, and of bench and of measured rates one will do
-NOT_REHEARSED = 'bench-large', 'tricks', 'rate-teacher', 'rate-eager', 'rate-graphs'
+# what a rehearsal leaves out: a CPU has no graphs, and of what is the same command with other flags one will do
+NOT_REHEARSED = 'rate-graphs', 'bench-large', 'tricks', 'logit_mse-whole', 'tests-all'
 
 def steps_of(args):
     return [step for step in STEPS if not (args.rehearse and step.name in NOT_REHEARSED)]
@@ -104,31 +115,38 @@ def steps_of(args):
 # -----------------------------------------------------------------------------
 # the plan
 
-def seconds_per_epoch(folder):
-    """Of a run that has ended: its last epoch but one, from the log, validation and all; or None."""
+def seconds_per_epoch(folder, images):
+    """Of an epoch of so many images, validation and all, by the last but one of a run that has ended; or
+    None."""
     try:
         with open(f'{folder}/log.jsonl') as f:
-            rows = [json.loads(line) for line in f.readlines()[1:]]
+            config, *rows = [json.loads(line) for line in f]
         row = rows[-2]
-        return 60 * row['min_left'] / (rows[-1]['epoch'] - row['epoch'])
+        whole = 60 * row['min_left'] / (rows[-1]['epoch'] - row['epoch'])
+        return whole + (images - config['train_images']) / row['img_per_s']
     except (OSError, LookupError):
         return None
 
-def planned(step, folder, done, minutes, most):
-    """What {epochs} (at most so many) and {fast} stand for in its command, and what is set in its
-    environment: decided once, by the rates of those that ended well."""
+def planned(step, folder, done, minutes, settings):
+    """What {epochs} stands for in its command and what is set in its environment, by the rates of those that
+    ended well."""
     rates = {}
     for name in step.rates:
-        seconds = seconds_per_epoch(f'{folder}/runs/{name}') if name in done else None
+        seconds = seconds_per_epoch(f'{folder}/runs/{name}', settings['images']) if name in done else None
         if seconds:
             rates[name] = seconds
-    if not rates:
-        return dict(epochs=min(10, most), fast='', env={}, why='no rate was measured')
-    name = min(rates, key=rates.get)
-    epochs = int(0.85 * 60 * minutes / rates[name])             # the rest: start, compilation, noise
-    return dict(epochs=max(2, min(most, epochs)), fast='' if name == 'rate-eager' else '--compile',
-                env=GRAPHS if name == 'rate-graphs' else {},
-                why=f'{rates[name]:.2f} s an epoch ({name}), {minutes:.1f} minutes')
+    name = min(rates, key=rates.get, default=None)
+    seconds = rates.get(name, settings['fallback'])
+    epochs = int(0.85 * 60 * minutes / seconds)                 # the rest: start, compilation, noise
+    return dict(epochs=max(2, min(settings['most'], epochs)), env=GRAPHS if name == 'rate-graphs' else {},
+                why=f'{seconds:.2f} s an epoch ({name or "not measured"}), {minutes:.1f} minutes')
+
+def minutes_for(step, others, left):
+    """Of the minutes that are left: its own share beside those that have to follow; of an extra, what it asks
+    for. others: the steps from this one on."""
+    if step.extra:
+        return min(left, step.minutes)
+    return left * step.minutes / sum(s.minutes for s in others if not s.extra)
 
 # -----------------------------------------------------------------------------
 # a step
@@ -155,7 +173,8 @@ def run(step, command, env, log, seconds):
                     say(f'  {step.name}: {last_line(log)}')
         finally:
             stopped = child.poll() is None
-            for number, patience in (signal.SIGTERM, 45), (signal.SIGKILL, 10):     # the first saves
+            # at the first all save, or say what they have so far; compilers at work ignore it
+            for number, patience in (signal.SIGINT, 45), (signal.SIGTERM, 5), (signal.SIGKILL, 10):
                 if child.poll() is None:
                     os.killpg(child.pid, number)
                     try:
@@ -210,6 +229,27 @@ def bring_back(folder):
 
 # -----------------------------------------------------------------------------
 
+CUT = 'stopped'
+
+def in_order(args, plans, failed):
+    """The steps of this call. failed: those of the call before, and why."""
+    steps = steps_of(args)
+    if 'logit_mse' in plans:                # a student has begun with this teacher, complete or not
+        steps = [step for step in steps if step.name != 'teacher']
+    # tests and bench begin from nothing again: what was cut comes last
+    def begins_again(step):
+        return step.command.startswith('-m') and failed.get(step.name, '').startswith(CUT)
+    return sorted(steps, key=begins_again)
+
+def forget_reports(step, args, done, folder):
+    """Of a training that has ended: what was judged when it had been cut is judged again."""
+    best = f'{os.path.dirname(step.product)}/best.pt'
+    for later in steps_of(args):
+        if best in later.needs and later.product.endswith('.json'):
+            done.pop(later.name, None)
+            for path in glob.glob(f'{folder}/{later.product}*'):
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
 def day(args):
     """-> is every step done?"""
     begun, folder = time.monotonic(), os.path.abspath(args.out)
@@ -225,8 +265,9 @@ def day(args):
     if os.path.exists(f'{folder}/day.json'):
         with open(f'{folder}/day.json') as f:
             record = json.load(f)
-    before, record['failed'] = record['seconds'], {}
-    steps = [step for step in steps_of(args) if step.name not in record['done']]
+    before, failed = record['seconds'], record['failed']
+    record['failed'] = {}
+    steps = in_order(args, record['plans'], failed)
 
     def spent():
         return time.monotonic() - begun
@@ -238,41 +279,49 @@ def day(args):
         bring_back(folder)
 
     for k, step in enumerate(steps):
-        missing = [name for name in step.needs if name not in record['done']]
+        if step.name in record['done']:
+            continue
+        missing = [path for path in step.needs if not os.path.exists(f'{folder}/{path}')]
         if missing:
             record['failed'][step.name] = f'needs {" ".join(missing)}'
             say(f'{step.name:<16} left out: needs {" ".join(missing)}')
             continue
-        left = max(0.0, args.minutes - (before + spent()) / 60)
-        minutes = left * step.share / sum(s.share for s in steps[k:])
-        plan = dict(epochs='', fast='', env={})
+        others = [s for s in steps[k:] if s.name not in record['done']]
+        minutes = minutes_for(step, others, max(0.0, args.minutes - (before + spent()) / 60))
+        plan = record['plans'].get(step.name, dict(epochs='', env={}))
+        if step.rates and step.name not in record['plans']:
+            plan = planned(step, folder, record['done'], minutes, settings)
         if step.rates:
-            if step.name not in record['plans']:
-                record['plans'][step.name] = planned(step, folder, record['done'], minutes, settings['most'])
-            plan = record['plans'][step.name]
-            say(f'{step.name:<16} {plan["epochs"]} epochs {plan["fast"]}: {plan["why"]}')
+            say(f'{step.name:<16} {plan["epochs"]} epochs: {plan["why"]}')
             minutes *= 1.3                          # it is better annealed than punctual
-        write()
         limit = 60 * minutes
-        if args.now is not None:
-            limit = min(limit, 60 * args.now - spent())
-        if limit < 5:
-            say(f'{step.name:<16} no time is left: the same command continues')
+        now = limit if args.now is None else 60 * args.now - spent()
+        if min(limit, now) < 5:
+            say(f'{step.name:<16} no time is left: the same command continues'
+                + ('' if now < limit else ', with more --minutes'))
+            write()
             return False
+        if step.rates:
+            record['plans'][step.name] = plan       # --resume refuses other epochs
+        write()
         if step.name.startswith('rate-'):           # measured in one piece
             shutil.rmtree(f'{folder}/runs/{step.name}', ignore_errors=True)
 
         t0, log = spent(), f'{folder}/{step.name}.log'
-        command = step.command.format(**settings, epochs=plan['epochs'], fast=plan['fast'])
-        status = run(step, command, {**always, **step.env, **plan['env']}, log, limit)
+        command = step.command.format(**settings, epochs=plan['epochs'])
+        status = run(step, command, {**always, **step.env, **plan['env']}, log, min(limit, now))
         seconds = spent() - t0
         if status in step.statuses and os.path.exists(f'{folder}/{step.product}'):
             record['done'][step.name] = dict(seconds=seconds, status=status)
             say(f'{step.name:<16} {seconds:6.0f} s  {last_line(log)}')
+            forget_reports(step, args, record['done'], folder)
         else:
-            # a compilation that is killed may leave half a file there
-            shutil.rmtree(always['TORCHINDUCTOR_CACHE_DIR'], ignore_errors=True)
-            why = f'stopped after {limit:.0f} s' if status is None else f'ended with status {status}'
+            with open(log, errors='replace') as f:
+                if 'file too short' in f.read():    # a compilation that was killed left half a file
+                    shutil.rmtree(always['TORCHINDUCTOR_CACHE_DIR'], ignore_errors=True)
+            why = f'ended with status {status}'
+            if status is None:
+                why = 'the time of this call is over' if now < limit else f'{CUT} after {limit:.0f} s'
             record['failed'][step.name] = why
             say(f'{step.name:<16} {seconds:6.0f} s  {why}: {last_line(log)}')
         write()
@@ -301,6 +350,7 @@ if __name__ == '__main__':
             raise Refused('there is no GPU: --rehearse does all of it on a CPU, with tiny settings')
         if not os.path.exists(f'{args.data_dir}/cifar10.npz'):
             raise Refused(f'{args.data_dir}/cifar10.npz is not there: --data-dir')
+        has_autoattack()
     signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: the step at work is stopped, too
     try:
         sys.exit(0 if day(args) else 1)
