@@ -8,14 +8,15 @@ The objective returns one value per image, (B,), and pgd climbs their sum: image
 step of one does not depend on the size of the batch.
 """
 import math
+import numbers
 from contextlib import contextmanager
 
 import torch
 
 def per_image(value, x):
     """A number, or one per image (B,), as what multiplies x (B,...)."""
-    if isinstance(value, (int, float)):
-        return value
+    if isinstance(value, numbers.Real):             # numpy's, too
+        return float(value)
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if value.dim() == 0:
         return value
@@ -32,7 +33,7 @@ def start(x, *, eps, init, norm):
     if init == 'normal':            # at x itself the gradient of KL(f(x), f(x')) and of MSE is exactly zero
         x_adv = x + 0.001 * torch.randn_like(x)
     elif init == 'uniform' and norm == 'Linf':
-        if isinstance(eps, (int, float)):
+        if isinstance(eps, float):
             x_adv = x + torch.empty_like(x).uniform_(-eps, eps)
         else:
             x_adv = x + eps * torch.empty_like(x).uniform_(-1, 1)
@@ -60,8 +61,6 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
     if steps < 0 or restarts < 1:
         raise ValueError(f'steps {steps}, restarts {restarts}: at least 0 steps and one start')
-    if norm == 'Linf' and isinstance(eps, (int, float)) and eps > 1:
-        raise ValueError(f'eps is {eps:g}: in units of [0, 1], so 8 pixels are 8/255')
     if not x.is_floating_point():
         raise ValueError(f'x is {x.dtype}: images are floats in [0, 1], so divide by 255')
     if len(x) == 0:
@@ -69,7 +68,7 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     if not x.is_cuda and not (0 <= x.min() and x.max() <= 1):      # on a GPU it would wait in every batch
         raise ValueError(f'x is in [{x.min():g}, {x.max():g}]: images are in [0, 1], and what standardises '
                          'them is a layer of the model')
-    if isinstance(step_size, (int, float, torch.Tensor)):
+    if isinstance(step_size, (numbers.Real, torch.Tensor)):
         sizes = [per_image(step_size, x)] * steps
     else:
         sizes = [float(size) for size in step_size]
@@ -77,12 +76,21 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
         raise ValueError(f'{len(sizes)} step sizes for {steps} steps')
     x = x.clone() if x.is_inference() else x.detach()       # an inference tensor takes no part in autograd
     eps, best = per_image(eps, x), None
+    farthest = 1 if norm == 'Linf' else math.sqrt(x[0].numel())
+    for name, value in ('eps', eps), *[('step_size', size) for size in sizes[:1]]:
+        value = torch.as_tensor(value)
+        if not value.is_cuda and not (0 <= value.min() and value.max() <= farthest):
+            raise ValueError(f'{name} is {value.max():g}: in units of [0, 1], so 8 pixels are 8/255')
     for _ in range(restarts):
         x_adv = start(x, eps=eps, init=init, norm=norm)
         for step_size in sizes:
             x_adv.requires_grad_()
             with torch.enable_grad():
-                grad, = torch.autograd.grad(objective(x_adv).sum(), x_adv)
+                value = objective(x_adv)
+                if value.shape != x.shape[:1]:
+                    raise ValueError(f'the objective has the shape {tuple(value.shape)}: one value for each of '
+                                     f"{len(x)} images, so reduction='none'")
+                grad, = torch.autograd.grad(value.sum(), x_adv)
             x_adv = x_adv.detach()
             if norm == 'Linf':
                 x_adv = x_adv + step_size * grad.sign()
@@ -193,7 +201,8 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     """
     weights = [p for name, p in model.named_parameters()
                if p.dim() > 1 and 'weight' in name and p.requires_grad]
-    gradients = torch.autograd.grad(objective(), weights)
+    gradients = torch.autograd.grad(objective(), weights, allow_unused=True)
+    weights, gradients = zip(*[(w, d) for w, d in zip(weights, gradients) if d is not None])
     if average:
         average(gradients)
     saved = [w.detach().clone() for w in weights]

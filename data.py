@@ -64,6 +64,8 @@ class Dataset(NamedTuple):
             return imagenet.MEAN, imagenet.STD
         x = self.x_train.cpu().reshape(-1, self.x_train.shape[-1])
         x = x.double() / 255                        # eight times its size: not on a GPU
+        if not x.std(0).all():
+            raise Refused('--normalize: a channel is the same in all training images')
         return x.mean(0).tolist(), x.std(0).tolist()
 
 # -----------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, de
             train = train[drawn.to(device)]
         train = train[:subset]
     classes = classes or int(y_train.max()) + 1
-    if classes < 2:
+    if classes < 2 or len(y_train.unique()) == 1:
         raise Refused(f'--dataset {name}: all its images are of one class, there is nothing to tell apart')
     return Dataset(name, classes, augment or defaults['augment'], x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)

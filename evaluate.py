@@ -64,7 +64,7 @@ arg = parser.add_argument_group('attacks').add_argument
 arg('--attacks', nargs='+', metavar='NAME',
     choices=[*DEFAULT, 'aa-fast', *PARTS, 'pgd-trades', 'weak', 'strong'],
     help=f'{" ".join(DEFAULT)} (the default); aa-fast: its first two parts; a part alone: {" ".join(PARTS)}; '
-         "pgd-trades: PGD-20 with TRADES' step, 0.003 of the range; weak, strong: of Dallaire et al., PGD of "
+         "pgd-trades: PGD-20 with TRADES' step, 0.003 of the range; weak, strong: of Dallaire & David, PGD of "
          '2 steps from x, eps 0.1 and step 2/255, eps 0.5 and step 0.5, in units of [0, 1]')
 arg('--steps', type=int, default=20, help='of pgd, cw')
 arg('--restarts', type=int, default=1, help='of pgd, cw: starts per image')
@@ -331,7 +331,8 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
             predicted, moved = survivors(name, clean, clean == y_test)
             row(label, predicted, begun, moved)
         if name == last:
-            row('all of the above', taken, started)
+            outside = any(RADIUS.get(other, eps) != eps for other in todo[:todo.index(last) + 1])
+            row(f'all within eps {args.eps:g}' if outside else 'all of the above', taken, started)
 
     flags = summary.flags(inspected, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, args.n)
     notes += [flag['text'] for flag in flags.values() if flag['text']]

@@ -42,12 +42,12 @@ def mse(a, b):
 
 def ce(logits, y):
     """Cross-entropy, (B,). y: labels (B,), target probabilities (B, K), or Softened labels."""
-    target = y.rule(logits, y.y, smoothing=y.smoothing) if isinstance(y, Softened) else y
+    target = y if isinstance(y, torch.Tensor) else y.rule(logits, y.y, smoothing=y.smoothing)
     return F.cross_entropy(logits, target, reduction='none')
 
 def hard(y):
     """The labels (B,) themselves."""
-    return y.y if isinstance(y, Softened) else y
+    return y if isinstance(y, torch.Tensor) else y.y
 
 # -----------------------------------------------------------------------------
 # soft targets made of labels: (logits, y) -> (B, K), no gradient. Any loss that takes y takes Softened(y,
@@ -114,7 +114,7 @@ def pgd_at(logits_adv, y):
     return ce(logits_adv, y)
 
 def nat_adv(logits, logits_adv, y):
-    """Dallaire et al., "Mixture of techniques to improve classification accuracy and robustness", eq. 4.
+    """Dallaire & David, "Mixture of techniques to improve classification accuracy and robustness", eq. 4.
     [CE(p, y) + CE(p', y)] / 2
     The mean over clean and adversarial images, as their Algorithm 1 has it; eq. 4 is the sum."""
     return (ce(logits, y) + ce(logits_adv, y)) / 2
@@ -138,14 +138,14 @@ def advprop(logits, logits_adv, y):
     [CE(p, y) + CE(p', y)] / 2, p' through its own BN
     Their text adds the two; implementations average the concatenated batch, as here. Its row switches
     --dual-bn on: x through the main BN, x' through the auxiliary one, which also crafts x', untargeted
-    (theirs aims at a random class). --recipe paper is Dallaire et al.'s, who craft through the main BN."""
+    (theirs aims at a random class). --recipe paper is Dallaire & David's, who craft through the main BN."""
     return nat_adv(logits, logits_adv, y)
 
 def als(logits, y, *, alpha=0.1):
     """Goibert & Dohmatob 2019, "Adversarial Robustness via Label-Smoothing" (ALS). No attack.
     CE(p, (1 - alpha) y + alpha argmin p)
     They sweep alpha and name no default. --targets als is the same rule in any other loss. --recipe paper is
-    Dallaire et al.'s; Goibert & Dohmatob take SGD without momentum, lr 1e-4, 50 epochs, batches of 100."""
+    Dallaire & David's; Goibert & Dohmatob take SGD without momentum, lr 1e-4, 50 epochs, batches of 100."""
     return ce(logits, adversarial(logits, hard(y), smoothing=alpha))
 
 def alp(logits, logits_adv, y, *, beta=0.5):
@@ -277,7 +277,7 @@ STEPWISE = dict(schedule='step', lr=0.1, nesterov=False, weight_decay=2e-4)
 
 METHODS = {
     'standard':   Method(standard,   None, recipe={}),
-    # als, nat_adv, advprop: Dallaire et al., who state neither alpha nor the learning rate, "decreasing"
+    # als, nat_adv, advprop: Dallaire & David, who state neither alpha nor the learning rate, "decreasing"
     'als':        Method(als,        None, shares=('alpha',), recipe=dict(epochs=100, schedule='cosine')),
     # Madry: 80,000 steps of 128; every forward of the attack moves the running statistics, too
     'pgd_at':     Method(pgd_at,     climb_ce, recipe=dict(
@@ -352,7 +352,7 @@ def hparams(fn):
     return {p.name: p.default for p in inspect.signature(fn).parameters.values()
             if p.kind == p.KEYWORD_ONLY}
 
-def inputs(method):
+def asked_for(method):
     """Names of all that the method asks for, in its loss and in its attack."""
     return set(needs(method.loss) + needs(method.inner))
 
@@ -362,15 +362,15 @@ def table():
             '|---|---|---|---|---|---|---|']
     for name, method in METHODS.items():
         source, formula = [line.strip() for line in method.loss.__doc__.splitlines()[:2]]
-        authors = source.split(',')[0]            # the title stands in the docstring
+        authors, title, _ = source.partition(',')               # the title stands in the docstring
         climbs = method.inner.__doc__ if method.inner else '-'
         flags = ' '.join(f'`--{k}`' if v is False else f'`--{k} {v:.4g}`'
                          for k, v in hparams(method.loss).items())
-        names = inputs(method)
+        names = asked_for(method)
         teachers = [method.teacher, 's_logits_adv' in names and 'standard',
                     'guide_logits' in names and 'trains along']
         cells = (f'`{name}`', formula, climbs, flags or '-', 'y' if 'y' in names else '**none**',
-                 ' + '.join(filter(None, teachers)) or '-', authors.rstrip('.'))
+                 ' + '.join(filter(None, teachers)) or '-', authors if title else '-')
         rows.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
     return '\n'.join(rows)
 

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 # activations, by name
 
 class HybridReLU(torch.autograd.Function):
-    """Smooth adversarial training as Dallaire et al. have it: ReLU forward, and backward the derivative of
+    """Smooth adversarial training as Dallaire & David have it: ReLU forward, and backward the derivative of
     softplus(alpha u) / alpha, in attack and update. (Xie et al. 2020: a smooth function both ways.)"""
     alpha = 10.0
     @staticmethod

@@ -24,7 +24,7 @@ TINY = '--dataset synthetic --width 4 --subset 64'.split()
 def inputs(B=7, K=10, scale=3.0, dtype=torch.float64, seed=0):
     """One value for every name a loss may ask for."""
     g = torch.Generator().manual_seed(seed)
-    names = {name for m in METHODS.values() for name in losses.inputs(m)} - {'y', 'progress', 'class_p'}
+    names = {name for m in METHODS.values() for name in losses.asked_for(m)} - {'y', 'progress', 'class_p'}
     out = {name: (scale * torch.randn(B, K, generator=g, dtype=torch.float64)).to(dtype)
            for name in sorted(names)}
     class_p = torch.rand(B, K, generator=g, dtype=torch.float64).to(dtype)
@@ -143,7 +143,7 @@ def test_loss_contract(name):
 
 def test_hard_label_free_methods_name_no_label():
     for name in ('softmax_kl', 'logit_mse', 'ltd', 'rslad', 'adaad'):
-        assert 'y' not in losses.inputs(METHODS[name])
+        assert 'y' not in losses.asked_for(METHODS[name])
 
 def test_kl_direction_by_hand():
     p, q = torch.tensor([[.5, .5]]).log(), torch.tensor([[.9, .1]]).log()
@@ -334,7 +334,7 @@ def teacher(tmp_path_factory):
 @pytest.mark.parametrize('loss', METHODS)
 def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
     before = teacher.read_bytes()
-    asked = losses.inputs(METHODS[loss])
+    asked = losses.asked_for(METHODS[loss])
     flags = ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
     flags += ['--standard-teacher', teacher] if 's_logits_adv' in asked else []
     script = run('train_adv.py', '--loss', loss, *TINY, *flags, '--epochs', 1, '--steps', 2,

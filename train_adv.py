@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 import data
 import models
 from attacks import attack_mode, frozen_statistics, pgd, scaled, step_sizes, weights_perturbed
-from losses import INNERS, METHODS, TARGETS, Softened, hparams, inputs, needs
+from losses import INNERS, METHODS, TARGETS, Softened, asked_for, hparams, needs
 from models import bn_branch
 from support import checkpoint, ddp, describe, files, refusals, runs, validation
 
@@ -54,7 +54,7 @@ arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
     help="BN's statistics in the attack: running; the batch's; these, and the running ones move")
 arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
 arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
-arg('--free', type=int, default=0, metavar='M', help='free adversarial training: M updates per batch, no PGD')
+arg('--free', type=int, default=0, metavar='M', help='free adversarial training: M updates per batch, no PGD; divide --epochs by M')
 
 arg = parser.add_argument_group('data and model').add_argument
 arg('--dataset', default='cifar10', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
@@ -103,7 +103,7 @@ arg('--dry-run', action='store_true', help='say what would be done and how long 
 first, _ = parser.parse_known_args()
 method = METHODS[first.loss]
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir))
-if '.py:' in first.model:            # it makes the whole network
+if first.model != 'resnet18':       # the dataset's width is for that one
     parser.set_defaults(width=None)
 if first.norm == 'L2':
     parser.set_defaults(eps=128.0)
@@ -117,8 +117,8 @@ if first.inner:
 
 arg = parser.add_argument_group(f'hyper-parameters of {first.loss}').add_argument
 for name, default in hparams(method.loss).items():
-    kind = dict(action='store_true') if default is False else dict(type=type(default))
-    arg(f'--{name}', default=default, help=f'default {default:g}', **kind)
+    flag = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
+    arg(f'--{name}', default=default, help=f'default {default}', **flag)
 parser.add_argument('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
 refusals.unknown(unknown, args.loss, hparams(method.loss))
@@ -128,10 +128,10 @@ hp = {name: getattr(args, name) for name in hparams(method.loss)}
 # device, data, models. Wrong input is refused here, before any work
 rank, world, device = ddp.init()
 loss_inputs, inner_inputs = needs(method.loss), needs(method.inner)
-wanted = inputs(method)
+wanted = asked_for(method)
 pseudo_labels = bool(args.extra) and 'y' in wanted              # the teacher labels the extra images
 shape = dict(width=args.width, activation=args.activation)
-refusals.training(args, method, hp, world)
+refusals.training(args, method, hp, parser.get_default, world)
 args.out = args.out or describe.name(args, parser.get_default, hp)
 refusals.attack(args)
 run = runs.Run(args)
@@ -151,7 +151,7 @@ student = checkpoint.build(args.model, d, dual_bn=args.dual_bn, **shape)
 guide = None
 if 'guide_logits' in wanted:
     shape['width'] = args.guide_width or args.width
-    guide = checkpoint.build(args.guide_model or args.model, d, **shape)
+    guide = checkpoint.build(args.guide_model or args.model, d, '--guide-model', **shape)
 
 roles = []
 if 't_logits' in wanted or 't_logits_adv' in wanted or pseudo_labels:
@@ -234,7 +234,7 @@ def craft(x, y):
 
 def student_logits(x, kind, moves_bn):
     """kind: 'nat' goes through the main BN, 'adv' through the auxiliary one, if there are two."""
-    moves_bn = moves_bn and kind in args.bn_order
+    moves_bn = moves_bn and kind in args.bn_order.split('-')
     with bn_branch(student, 'aux' if kind == 'adv' else 'main'), \
             contextlib.nullcontext() if moves_bn else frozen_statistics(student):
         return logits_of(net, x)
@@ -355,7 +355,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         delta, class_p, class_sum = (saved[k].to(device) for k in ('delta', 'class_p', 'class_sum'))
     if args.dry_run:
         step = total_steps      # past the warm-up of AWP
-        run.estimate(update, training_batches(), validate, student, total_steps, validations=args.epochs)
+        run.estimate(update, training_batches(), validate, student, total_steps, args.epochs)
 
     while epoch <= args.epochs:
         student.train()

@@ -59,7 +59,7 @@ arg('--dry-run', action='store_true', help='say what would be done and how long 
 
 first, _ = parser.parse_known_args()
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir, teacher=True))
-if '.py:' in first.model:            # it makes the whole network
+if first.model != 'resnet18':       # the dataset's width is for that one
     parser.set_defaults(width=None)
 args = parser.parse_args()
 

@@ -13,6 +13,7 @@ import sys
 import time
 
 import models
+from losses import METHODS
 from support import ddp, describe, files, state_dicts
 from support.files import Refused, save, say
 from support.foreign import from_file
@@ -136,7 +137,7 @@ def _assumed(config, done):
                        'Wong et al. have the same keys and project x: --model preactresnet18-fast')
     return assumed
 
-def build(name, d, **shape):
+def build(name, d, flag='--model', **shape):
     """A new network for the data d, on their device. name: models.build's, or FILE.py:FUNCTION. Raises
     Refused."""
     device = d.y_train.device
@@ -146,7 +147,7 @@ def build(name, d, **shape):
         else:
             net = models.build(name, d.classes, channels=d.x_train.shape[-1], **shape)
     except ValueError as e:
-        raise Refused(f'--model: {e}') from e
+        raise Refused(f'{flag}: {e}') from e
     return net.to(device, memory_format=models.layout(device))
 
 # -----------------------------------------------------------------------------
@@ -194,6 +195,8 @@ def check_teachers(networks, known, args, d):
         about.update(val_clean=clean, val_pgd20=robust, val_n=n)
         say(f'{role.replace("_", " ")} {path} ({about["fingerprint"]}): {clean:.1f} % clean, '
             f'{robust:.1f} % under PGD-20 on {n} held-out images')
+        if role == 'teacher' and METHODS[args.loss].teacher == 'robust' and robust <= 100 / d.classes:
+            say(f'note: --loss {args.loss} learns from a robust teacher, and this one is not')
         if stored is None:
             continue
         p = min(max(stored / 100, 0.02), 0.98)

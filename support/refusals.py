@@ -8,7 +8,7 @@ import sys
 import torch
 
 import models
-from losses import METHODS, Softened, climb_kl, climb_mse, inputs, needs, smooth
+from losses import METHODS, Softened, climb_kl, climb_mse, asked_for, needs, smooth
 from support.files import Refused
 
 def refuse(message):
@@ -50,22 +50,22 @@ def seed(args):
     if args.seed is not None and not 0 <= args.seed < 2 ** 63:
         refuse(f'--seed {args.seed}: from 0 to 2^63 - 1')
 
-def model(name, **shape):
+def model(name, flag='--model', **shape):
     """Refuses what models.build cannot build; somebody else's FILE.py:FUNCTION is looked at when it is
     loaded."""
     if '.py:' in name:
         shaped = any(shape.get(k) for k in ('width', 'mean', 'dual_bn'))
         if shaped or shape.get('activation', 'relu') != 'relu':
-            refuse(f'--model {name} makes the whole network: leave out --width, --normalize, --activation, '
+            refuse(f'{flag} {name} makes the whole network: leave out its width, --normalize, --activation, '
                    '--dual-bn')
         return
     if name.endswith('.py'):
-        refuse(f'--model {name}: and the function in it that returns the network, {name}:FUNCTION')
+        refuse(f'{flag} {name}: and the function in it that returns the network, {name}:FUNCTION')
     try:
         with torch.device('meta'):
             models.build(name, 10, **shape)
     except ValueError as e:
-        refuse(f'--model: {e}')
+        refuse(f'{flag}: {e}')
 
 # -----------------------------------------------------------------------------
 # the attack. On the command line it is in pixels (0..255)
@@ -137,21 +137,42 @@ def takes_soft_targets(method, hp):
     soft = method.loss(**dict(values, y=Softened(y, smooth)), **hp)
     return not torch.equal(hard, soft)
 
-def training(args, method, hp, world=1):
-    """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss."""
+def unused(args, default, has_teacher):
+    """Flags that were given and would change nothing but the name of the run. default(name): what a flag is if it
+    is not given."""
+    attack = ('steps', 'step_size', 'step_schedule', 'init', 'attack_bn', 'eps_ramp') if args.free else ()
+    for without, flags in (
+            (not args.targets and 'without --targets', ['smoothing']),
+            (args.schedule != 'step' and f'with --schedule {args.schedule}', ['milestones']),
+            (not args.awp and 'without --awp', ['awp_warmup']),
+            (not args.extra and 'without --extra', ['extra_fraction']),
+            (not has_teacher and f'with --loss {args.loss}, which has no teacher', ['teacher_model']),
+            (args.free and 'with --free, which makes no PGD', attack)):
+        for flag in flags:
+            if without and getattr(args, flag) != default(flag):
+                refuse(f'--{flag.replace("_", "-")} does nothing {without}: leave it out')
+
+def training(args, method, hp, default, world=1):
+    """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss. default(name): of a
+    flag."""
     optimisation(args, world)
     model(args.model, width=args.width, activation=args.activation, dual_bn=args.dual_bn)
-    loss, asked = args.loss, inputs(method)
+    loss, asked = args.loss, asked_for(method)
     wants_teacher = any(name.startswith('t_') for name in asked)
     labels_extra = bool(args.extra) and 'y' in asked                # by the teacher
     both = {'logits', 'logits_adv'} <= set(needs(method.loss))
 
-    numbers(args, 0, 1e9, 'awp', 'free', *hp)
+    numbers(args, 0, 1e9, 'awp', 'free', *[k for k, v in hp.items() if isinstance(v, (int, float))])
     numbers(args, 1, 1e9, 'steps', 'guide_width')
     numbers(args, 1e-3, 1e9, *[k for k in ('tau', 'T') if k in hp])
     numbers(args, 0, 1, 'eps_ramp', 'awp_warmup', 'ema', 'swa', 'smoothing', 'extra_fraction', *method.shares)
     if sum(hp[k] for k in method.shares) > 1:
         refuse(f'--loss {loss}: {" and ".join(method.shares)} are shares, at most 1 together')
+
+    unused(args, default, wants_teacher or labels_extra)
+    if 'guide_logits' in asked:
+        model(args.guide_model or args.model, '--guide-model', width=args.guide_width or args.width,
+              activation=args.activation)
 
     # teachers
     if args.teacher and not wants_teacher and not labels_extra:

@@ -215,19 +215,25 @@ class Run:
         self.at = f'in {what}'
         bar = tqdm(things, desc=what, total=total, initial=initial, leave=False,
                    disable=True if self.rank else None)
-        told = time.perf_counter()
+        told, told_of_stop = time.perf_counter(), False
         for k, thing in enumerate(bar, initial):
             self.at = f'in {what}, after {k} of {total}'
+            if self.stop_asked and what == 'validation' and not told_of_stop:
+                told_of_stop = True
+                say('the validation comes to its end first; a second Ctrl-C stops at once')
             if bar.disable and time.perf_counter() - told > 30:
                 told = time.perf_counter()
                 say(f'{what}: {k} of {total}')
             yield thing
+            if self.args.dry_run:           # one of them is enough to be timed
+                self.timed_share = 1 / total
+                break
         if torch.cuda.is_available():       # the clock is for what is computed, not for what is asked for
             torch.cuda.synchronize()
 
     def estimate(self, update, batches, validate, net, steps, validations):
-        """--dry-run: times a few steps and validate(net), says how long all of it takes, and ends the script.
-        steps, validations: how many there are in the whole training."""
+        """--dry-run: times a few steps and a batch of validate(net), says how long all of it takes, and ends the
+        script. steps, validations: how many there are in the whole training."""
         net.train()
         x, y = next(batches)
         update(x, y)                                # compilation, and what is done once
@@ -237,7 +243,8 @@ class Run:
         step = (time.perf_counter() - t0) / 3
         t0 = time.perf_counter()
         validate(net)
-        minutes = (steps * step + validations * (time.perf_counter() - t0)) / 60
+        validation = (time.perf_counter() - t0) / self.timed_share
+        minutes = (steps * step + validations * validation) / 60
         say(f'{steps} steps of {step:.2f} s, and validation: about {minutes:.0f} minutes '
             f'({minutes / 60:.1f} hours). Nothing was written')
         sys.exit()
@@ -274,13 +281,15 @@ class Run:
         """The training loop, with signals to stop it and one line for what ends it early."""
         self.begun = self.saved_at = self.row_at = time.perf_counter()
         before = {}
-        if threading.current_thread() is threading.main_thread():   # elsewhere Python takes no handlers
+        if threading.current_thread() is threading.main_thread() and not self.args.dry_run:     # else none is taken
             for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', None),
                            getattr(signal, 'SIGUSR1', None)):
                 if number is None or signal.getsignal(number) is signal.SIG_IGN:        # nohup stays nohup
                     continue
                 before[number] = signal.signal(number, self._signal)
         intact = f'{self.folder} holds what was saved before, and --resume continues'
+        if self.args.dry_run:
+            intact = 'nothing was written'
         try:
             yield
         except Stopped:
@@ -290,7 +299,8 @@ class Run:
         except KeyboardInterrupt:
             sys.exit(f'\nstopped {self.at}; {intact}')
         except FloatingPointError as e:
-            sys.exit(f'{e}. Stopped; {intact}. Try a lower --lr, or --amp off')
+            kept = ' best.pt is that of the best epoch before.' if self.rows else ''
+            sys.exit(f'{e}. Stopped.{kept} Begin anew, with a lower --lr or --amp off, and another --out')
         except OSError as e:
             unwritten = e.strerror and e.errno not in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
             what = files.cannot_write(self.folder, e) if unwritten else str(e)

@@ -116,7 +116,7 @@ def test_logits_gradients_and_attacks_are_those_of_the_cpu(name, precision):
 # training
 
 def flags_of(loss, teacher):
-    asked = losses.inputs(METHODS[loss])
+    asked = losses.asked_for(METHODS[loss])
     flags = ['--loss', loss]
     flags += ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
     return flags + (['--standard-teacher', teacher] if 's_logits_adv' in asked else [])

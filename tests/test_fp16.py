@@ -78,7 +78,7 @@ def moved_by(live, dtype):
 
 @pytest.mark.parametrize('loss', METHODS)
 def test_every_loss_takes_the_step_that_it_takes_in_fp32(loss, teacher, train):
-    asked = losses.inputs(METHODS[loss])
+    asked = losses.asked_for(METHODS[loss])
     flags = ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
     flags += ['--standard-teacher', teacher] if 's_logits_adv' in asked else []
     live = train('--loss', loss, *flags)

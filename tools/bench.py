@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 import models
-from losses import METHODS, hparams, inputs
+from losses import METHODS, asked_for, hparams
 from support import refusals
 from support.describe import environment
 from support.files import atomic, cannot_write
@@ -80,7 +80,7 @@ refusals.model(args.model, width=args.width, activation=args.activation)
 refusals.numbers(args, 1, 1e9, 'steps', 'threads')
 refusals.numbers(args, 1e-6, 1e6, 'seconds')
 refusals.numbers(args, 2, steps.N, 'batch_size')
-foreign = inputs(method) - {'y', 'logits', 'logits_adv', 't_logits'}
+foreign = asked_for(method) - {'y', 'logits', 'logits_adv', 't_logits'}
 if method.inner is None:
     refuse(f'--loss {args.loss} attacks nothing')
 if foreign:
