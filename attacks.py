@@ -88,8 +88,8 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
             with torch.enable_grad():
                 value = objective(x_adv)
                 if value.shape != x.shape[:1]:
-                    raise ValueError(f'the objective has the shape {tuple(value.shape)}: one value for each of '
-                                     f"{len(x)} images, so reduction='none'")
+                    raise ValueError(f'the objective has the shape {tuple(value.shape)}: one value per '
+                                     f"image, ({len(x)},), so reduction='none'")
                 grad, = torch.autograd.grad(value.sum(), x_adv)
             x_adv = x_adv.detach()
             if norm == 'Linf':

@@ -64,8 +64,8 @@ arg = parser.add_argument_group('attacks').add_argument
 arg('--attacks', nargs='+', metavar='NAME',
     choices=[*DEFAULT, 'aa-fast', *PARTS, 'pgd-trades', 'weak', 'strong'],
     help=f'{" ".join(DEFAULT)} (the default); aa-fast: its first two parts; a part alone: {" ".join(PARTS)}; '
-         "pgd-trades: PGD-20 with TRADES' step, 0.003 of the range; weak, strong: of Dallaire & David, PGD of "
-         '2 steps from x, eps 0.1 and step 2/255, eps 0.5 and step 0.5, in units of [0, 1]')
+         "pgd-trades: PGD-20 with TRADES' step, 0.003 of the range; weak, strong: of Dallaire & David, PGD "
+         'of 2 steps from x, eps 0.1 and step 2/255, eps 0.5 and step 0.5, in units of [0, 1]')
 arg('--steps', type=int, default=20, help='of pgd, cw')
 arg('--restarts', type=int, default=1, help='of pgd, cw: starts per image')
 arg('--transfer-from', metavar='PT', help='also PGD, on CE and on the margin, crafted on this network')

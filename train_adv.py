@@ -54,7 +54,7 @@ arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
     help="BN's statistics in the attack: running; the batch's; these, and the running ones move")
 arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
 arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
-arg('--free', type=int, default=0, metavar='M', help='free adversarial training: M updates per batch, no PGD; divide --epochs by M')
+arg('--free', type=int, default=0, metavar='M', help='M updates per batch, no PGD; divide --epochs by M')
 
 arg = parser.add_argument_group('data and model').add_argument
 arg('--dataset', default='cifar10', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
@@ -95,9 +95,9 @@ arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='auto
 arg('--compile', action='store_true', help='faster after a minute; a CPU needs a C++ compiler')
 arg('--sync-bn', action='store_true', help='under torchrun: BN statistics of the whole batch')
 arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-..., with every flag that differs')
-arg('--resume', action='store_true', help='continue the run in --out where it was stopped')
-arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
-arg('--dry-run', action='store_true', help='say what would be done and how long it takes')
+arg('--resume', action='store_true', help='continue the run in --out')
+arg('--save-minutes', type=float, default=10, help='save a state to resume from this often')
+arg('--dry-run', action='store_true', help='say what would be done and how long')
 
 # defaults, later ones win: script, dataset, norm, method, recipe, inner. A flag that is given wins over all
 first, _ = parser.parse_known_args()
@@ -117,8 +117,7 @@ if first.inner:
 
 arg = parser.add_argument_group(f'hyper-parameters of {first.loss}').add_argument
 for name, default in hparams(method.loss).items():
-    flag = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
-    arg(f'--{name}', default=default, help=f'default {default}', **flag)
+    arg(f'--{name}', help=f'default {default}', **describe.flag_of(default))
 parser.add_argument('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
 refusals.unknown(unknown, args.loss, hparams(method.loss))
@@ -167,7 +166,7 @@ if args.sync_bn:
 averaged = copy.deepcopy(student) if args.ema or args.swa else None
 
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
-# the speed block: with attacked_net = net instead, all is the same, slower. What is saved is `student`
+# the speed block: with attacked_net = net all is the same, slower. What is saved is `student`
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [
@@ -189,7 +188,7 @@ else:
     scheduler = OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps), cycle_momentum=False,
                            pct_start=0.25 if args.schedule == 'onecycle' else 0.0)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-if rank:                                            # the noise of the attacks: each process its own
+if rank:                                # the noise of the attacks: each process its own
     torch.manual_seed(args.seed + 1_000_003 * rank)
 
 # -----------------------------------------------------------------------------
@@ -206,7 +205,7 @@ def craft(x, y):
         return x
     ramp = min(1.0, step / total_steps / args.eps_ramp) if args.eps_ramp else 1.0
     eps, step_size = ramp * args.eps / 255, ramp * args.step_size / 255
-    if args.free:               # no PGD: the last update's gradient has moved delta
+    if args.free:       # Shafahi et al. 2019, no PGD: the last update's gradient has moved delta
         return (x + delta.clamp(-eps, eps)).clamp(0, 1).requires_grad_()
 
     fixed = {}                  # what does not depend on x_adv is computed once per attack
@@ -292,7 +291,7 @@ def update(x, y):
             loss = loss_on(x_part, x_adv, y_part).mean() / args.accumulate
             scaler.scale(loss).backward()
         total += loss.detach()
-    if args.free:                       # Shafahi et al. 2019: the step is eps
+    if args.free:                       # the step is eps
         eps = args.eps / 255
         delta = (delta + eps * x_adv.grad.nan_to_num(0.0).sign()).clamp(-eps, eps)
         delta = (x + delta).clamp(0, 1) - x             # as in Wong et al.'s code of it

@@ -31,7 +31,8 @@ def name(args, defaults, hp=None):
     if args.subset:
         tags.append(f'n{args.subset}')
     if hp is not None:
-        tags += [args.loss, *[f'{flag}{value:.4g}' for flag, value in hp.items() if value]]
+        of_loss = {flag: value if isinstance(value, str) else f'{value:.4g}' for flag, value in hp.items() if value}
+        tags += [args.loss, *[flag + value for flag, value in of_loss.items()]]
     for flag, value in vars(args).items():
         if flag in shown or value == defaults(flag):
             continue
@@ -56,6 +57,12 @@ def teacher_folder(args, defaults, only=None):
     text = name(argparse.Namespace(**dict(vars(args), seed=None)), lambda flag: None if flag == 'seed' else defaults(flag))
     seed = vars(args).get('seed', 0)
     return f'{text}-teacher' + (f'-s{seed}' if seed else '')
+
+def flag_of(default):
+    """argparse's arguments for a hyper-parameter: a switch, or a value of the type of its default."""
+    if isinstance(default, bool):
+        return dict(action=argparse.BooleanOptionalAction, default=default)
+    return dict(type=type(default), default=default)
 
 def same_command(*more):
     """The command line that is being run, and more, to be pasted."""
@@ -99,7 +106,8 @@ def summary(config, net, notes=()):
     if config.get('extra'):
         labels = "the teacher's" if config['pseudo_labels'] else 'not needed'
         notes = [*notes, f'{config["extra_fraction"]:.0%} of every batch from {config["extra"]}; their labels: {labels}']
-    hparams = ''.join(f' --{flag} {value:g}' for flag, value in config.get('hparams', {}).items())
+    hparams = ''.join(f' --{flag} {f"{value:g}" if isinstance(value, float) else value}'
+                      for flag, value in config.get('hparams', {}).items())
     say(f'{config["loss"]}{hparams}; {attack(config)}',
         f'data: {config["dataset"]}, {config["train_images"]} training images, augmentation {config["augment"]}; '
         f'{config["val_images"]} more held out for selection; {config["classes"]} classes',

@@ -48,7 +48,7 @@ CASES = {
     'awp-dkl': '--loss dkl --awp 0.01 --awp-warmup 0',
     'ema': '--loss trades --ema 0.9',
     'swa': '--loss pgd_at --swa 0.4',
-    'free': '--loss pgd_at --free 3',
+    'free': '--loss pgd_at --free 3 --steps 10',
     'accumulate': f'--loss hat {TEACHER} --accumulate 2',
     'accumulate-awp': '--loss trades --accumulate 2 --awp 0.01 --awp-warmup 0',
     'extra': f'--loss logit_mse {TEACHER} --extra EXTRA --extra-fraction 0.25',

@@ -121,6 +121,12 @@ def test_saved_images_are_what_the_report_says(whole, tmp):
     # all of the above, and the sweep over steps after it
     assert right.sum() <= r['results']['all of the above']['correct'] < r['results']['clean']['correct']
 
+def test_an_attack_of_another_radius_is_not_among_all(tmp, tmp_path):
+    r = evaluate(*net(tmp), '--n', 8, '--eps', '1', '--no-audit', '--steps', 1, '--attacks', 'pgd', 'strong',
+                 out=tmp_path / 'e.json')[1]
+    assert list(r['results']) == ['clean', 'pgd-1', 'strong', 'all within eps 1']
+    assert r['results']['all within eps 1']['correct'] == r['results']['pgd-1']['correct']
+
 def test_verify(whole, tmp, tmp_path, capsys):
     _, _, path = whole
     saved = torch.load(path, weights_only=True)

@@ -117,7 +117,7 @@ def test_what_is_cut_continues_and_what_fails_is_left_out_and_tried_again(tmp_pa
 def test_what_was_judged_of_a_training_that_was_cut_is_judged_again(tmp_path, monkeypatch):
     write = "import os, sys; os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True); open(sys.argv[1], 'a').write('x')"
     steps = [Step('a', f'-c "{write}; import time; time.sleep(60)" {{dir}}/runs/a/best.pt', 'runs/a/last.pt', 1),
-             Step('bench', f'-m {{dir}}', 'bench', 1),
+             Step('bench', '-m {dir}', 'bench', 1),
              Step('judge', f'-c "{write}" {{dir}}/a.json', 'a.json', 1, needs=('runs/a/best.pt',))]
     monkeypatch.setattr(gpu_day, 'steps_of', lambda args: steps)
     args = argparse.Namespace(out=str(tmp_path), data_dir='data', minutes=0.5, now=None, rehearse=True)

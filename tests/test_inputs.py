@@ -66,6 +66,15 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss pgd_at --dual-bn', 'does not put both x and x_adv'),
     ('train_adv.py', '--loss trades --dual-bn --bn-order adv', 'without statistics'),
     ('train_adv.py', '--loss trades --free 2 --inner ce', '--free has no attack'),
+    ('train_adv.py', '--loss pgd_at --free 2 --steps 50', '--steps does nothing with --free'),
+    ('train_adv.py', '--loss pgd_at --free 2 --eps-ramp 0.5', '--eps-ramp does nothing with --free'),
+    ('train_adv.py', '--loss pgd_at --smoothing 0.3', '--smoothing does nothing without --targets'),
+    ('train_adv.py', '--loss pgd_at --milestones 0.1 0.2', '--milestones does nothing with --schedule onecycle'),
+    ('train_adv.py', '--loss pgd_at --awp-warmup 0.5', '--awp-warmup does nothing without --awp'),
+    ('train_adv.py', '--loss pgd_at --extra-fraction 0.9', '--extra-fraction does nothing without --extra'),
+    ('train_adv.py', '--loss pgd_at --teacher-model resnet34', 'which has no teacher: leave it out'),
+    ('train_adv.py', '--loss lbgat --guide-model resnet99', "--guide-model: unknown model 'resnet99'"),
+    ('train_adv.py', '--loss lbgat --guide-model net.py:make --guide-width 77', '--guide-model net.py:make makes the whole network'),
     ('train_adv.py', '--loss als --targets als', 'no cross-entropy to a label'),
     ('train_adv.py', '--loss als --alpha 3', 'at most 1'),
     ('train_adv.py', '--loss ltd --tau 0', '--tau 0.0: a number, at least 0.001'),
@@ -162,6 +171,14 @@ def test_without_autoattack_an_evaluation_says_so_before_it_begins(broken, monke
     assert 'clean' not in out.out
     run(*command, '--attacks', 'clean', '--out', tmp_path / 'e.json')       # the rest does not need it
 
+def test_images_of_one_colour_cannot_be_standardised(tmp_path, capsys):
+    np.savez(tmp_path / 'mine.npz', x_train=np.full((20, 32, 32, 3), 7, np.uint8), y_train=np.arange(20) % 4,
+             x_test=np.full((8, 32, 32, 3), 7, np.uint8), y_test=np.arange(8) % 4)
+    with pytest.raises(SystemExit) as e:
+        run('train_adv.py', '--loss', 'pgd_at', '--dataset', 'mine', '--data-dir', tmp_path, '--width', 4,
+            '--normalize', '--out', tmp_path / 'out')
+    assert e.value.code == 2 and '--normalize: a channel is the same' in capsys.readouterr().err
+
 def test_radii_of_imagenet_in_l2(broken, tmp_path):
     """3.0, of the range: 765 pixels."""
     script = run('evaluate.py', broken / 'ten.pt', '--dataset', 'synthetic', '--norm', 'L2', '--eps', 765,
@@ -209,6 +226,7 @@ BAD_NPZ = [
     (lambda a: a.update(y_train=a['y_train'][:-1]), 'one per image'),
     (lambda a: a.update(y_test=a['y_test'] + 1), 'outside the classes 0 to 3'),
     (lambda a: a.update(y_train=a['y_train'] - 1), 'outside the classes'),
+    (lambda a: a.update(y_train=a['y_train'] * 0 + 3, y_test=a['y_test'] * 0 + 3), 'are of one class'),
     (lambda a: a.update(y_train=a['y_train'].astype(object)), 'not an npz file of plain arrays'),
 ]
 

@@ -2,6 +2,7 @@
 What a stranger finds: eight Python files, three of which can be taken alone, and names that shadow nobody's.
 """
 import ast
+import inspect
 import os
 import pathlib
 import shutil
@@ -9,6 +10,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+import torch.nn.functional as F
+
+import losses
 
 HERE = pathlib.Path(__file__).parent.parent
 
@@ -34,6 +39,16 @@ def test_can_be_taken_alone(name, tmp_path):
     done = subprocess.run([sys.executable, '-c', f'import {name}; print({name}.__file__)'], cwd=tmp_path, text=True,
                           capture_output=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
     assert pathlib.Path(done.stdout.strip()).parent == tmp_path, done.stderr
+
+@pytest.mark.parametrize('names', ['kl mse logit_mse', 'kl softmax_kl', 'kl ce trades', 'kl ce hard mart', 'ce climb_ce hard'])
+def test_a_loss_can_be_pasted(names):
+    """With what it calls, into a file that has torch and F."""
+    there = dict(torch=torch, F=F)
+    for name in names.split():
+        exec(inspect.getsource(getattr(losses, name)), there)
+    loss = there[names.split()[-1] if 'climb_ce' not in names else 'climb_ce']
+    given = {k: torch.arange(4) if k == 'y' else torch.randn(4, 10) for k in losses.needs(loss)}
+    assert loss(**given).shape == (4,) and torch.equal(loss(**given), getattr(losses, loss.__name__)(**given))
 
 def test_one_step_is_three_files():
     """What happens in a step of training stands in train_adv.py, losses.py and attacks.py: of ours the step calls

@@ -1,6 +1,6 @@
 """What composes with every loss: weight perturbation, averages, dual BN, activations, BN order, free
 training, warm starts, images without labels, recipes."""
-import json, math, re, shutil, subprocess, sys
+import json, math, re, shutil, signal, subprocess, sys
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import attacks, data, losses, models
-from support import checkpoint
+from support import checkpoint, validation
 from losses import METHODS
 from test_smoke import HERE, README, TINY, X, Y, net, run, teacher          # net, teacher: fixtures
 
@@ -46,6 +46,13 @@ def test_awp_leaves_a_frozen_layer_alone(net):
         assert not torch.equal(net.linear.weight, before['linear.weight'])
     assert not net.conv1.weight.requires_grad and torch.equal(net.linear.weight, before['linear.weight'])
 
+def test_awp_passes_over_a_weight_that_is_not_used(net):
+    net.spare = torch.nn.Linear(2, 2)
+    before, seen = net.spare.weight.clone(), []
+    with attacks.weights_perturbed(net, lambda: F.cross_entropy(net(X), Y), gamma=0.01, average=seen.append):
+        assert torch.equal(net.spare.weight, before)
+    assert None not in seen[0]
+
 def test_awp_changes_the_update_and_leaves_the_statistics_to_the_real_forwards(tmp_path):
     """With a learning rate of zero the weights stay where they were, bit for bit."""
     script = train(tmp_path / 'a', '--awp', 0.01, '--awp-warmup', 0, '--lr', 0)
@@ -53,10 +60,10 @@ def test_awp_changes_the_update_and_leaves_the_statistics_to_the_real_forwards(t
     start = models.build('resnet18', 10, width=4)
     assert all(torch.equal(a, b) for a, b in zip(script['student'].parameters(), start.parameters()))
     assert script['student'].bn1.num_batches_tracked == 2 * 2           # two batches: x and x_adv, no more
-    assert torch.equal(*[train(tmp_path / f'warm-up{gamma}', '--awp', gamma, '--awp-warmup', 1)['student']
-                         .linear.weight for gamma in (0, 0.01)])
-    moved = [train(tmp_path / gamma, '--awp', gamma, '--awp-warmup', 0)['student'].linear.weight
-             for gamma in ('0', '0.01')]
+    assert torch.equal(*[train(tmp_path / f'warm-up{len(flags)}', *flags)['student'].linear.weight
+                         for flags in ([], ['--awp', 0.01, '--awp-warmup', 1])])
+    moved = [train(tmp_path / f'moved{len(flags)}', *flags)['student'].linear.weight
+             for flags in ([], ['--awp', 0.01, '--awp-warmup', 0])]
     assert not torch.equal(*moved)
 
 # -----------------------------------------------------------------------------
@@ -193,7 +200,7 @@ def test_a_hybrid_is_attacked_with_both_gradients(tmp_path):
 # attacks in training
 
 def test_free_training_carries_the_perturbation_over(tmp_path):
-    script = train(tmp_path, '--free', 3, loss='pgd_at')
+    script = train(tmp_path, '--free', 3, '--steps', 10, loss='pgd_at')
     delta = script['delta']
     assert delta.abs().max() <= 8 / 255 + 1e-7 and (delta.abs() > 7.9 / 255).float().mean() > 0.2
     x = torch.rand(32, 3, 32, 32)
@@ -316,6 +323,44 @@ def test_the_guide_of_lbgat_learns_and_is_not_the_student(tmp_path):
     assert checkpoint.fingerprint(kept) == checkpoint.fingerprint(student) != checkpoint.fingerprint(guide)
     ours = {id(p) for group in script['optimizer'].param_groups for p in group['params']}
     assert {id(p) for p in guide.parameters()} <= ours and guide.bn1.num_batches_tracked == 2
+
+# -----------------------------------------------------------------------------
+# --dry-run
+
+def test_dry_run_times_one_batch_of_the_validation_and_can_be_stopped(tmp_path, monkeypatch, capsys):
+    seen, attack = [], validation.pgd
+    def spy(*args, **kwargs):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return attack(*args, **kwargs)
+    monkeypatch.setattr(validation, 'pgd', spy)
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path / 'out', '--dry-run')
+    assert not e.value.code and 'Nothing was written' in capsys.readouterr().out
+    assert seen == [signal.SIG_DFL]                 # of two batches
+
+# -----------------------------------------------------------------------------
+# hyper-parameters of one's own, and widths
+
+def test_a_switch_that_is_on_by_default_can_be_turned_off(tmp_path, monkeypatch):
+    def switched(logits_adv, y, *, soft=True, mode='a'):
+        return losses.ce(logits_adv, y)
+    monkeypatch.setitem(METHODS, 'pgd_at', METHODS['pgd_at']._replace(loss=switched))
+    script = train(tmp_path, '--no-soft', '--mode', 'b', loss='pgd_at')
+    assert script['hp'] == dict(soft=False, mode='b')
+
+@pytest.mark.parametrize('script', ['train_adv.py', 'train_teacher.py'])
+def test_a_dataset_s_width_is_of_the_default_network(script, tmp_path):
+    flags = ['--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--amp', 'off']
+    flags += ['--loss', 'pgd_at', '--steps', 1] if script == 'train_adv.py' else []
+    live = run(script, *flags, '--model', 'wrn-10-1', '--out', tmp_path)
+    assert live['args'].width is None
+    live = run(script, *flags, '--out', tmp_path / 'default')
+    assert live['args'].width == 8
+
+def test_a_robust_teacher_that_is_none_is_named(teacher, tmp_path, capsys):
+    for loss, named in ('rslad', True), ('logit_mse', False):
+        train(tmp_path / loss, '--teacher', teacher, '--eps', 64, loss=loss)
+        assert ('learns from a robust teacher, and this one is not' in capsys.readouterr().out) == named
 
 # -----------------------------------------------------------------------------
 # recipes

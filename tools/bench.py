@@ -28,8 +28,7 @@ import torch
 
 import models
 from losses import METHODS, asked_for, hparams
-from support import refusals
-from support.describe import environment
+from support import describe, refusals
 from support.files import atomic, cannot_write
 from support.refusals import refuse
 from tools import scaling, steps
@@ -66,10 +65,7 @@ arg('--processes', type=int, nargs='+', default=[1])
 first, _ = parser.parse_known_args()
 method = METHODS[first.loss]
 for name, default in hparams(method.loss).items():
-    if default is False:
-        arg(f'--{name}', action='store_true')
-    else:
-        arg(f'--{name}', type=type(default), default=default, help=f'of {first.loss}')
+    arg(f'--{name}', help=f'of {first.loss}', **describe.flag_of(default))
 arg('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
 hp = {name: getattr(args, name) for name in hparams(method.loss)}
@@ -219,7 +215,7 @@ def warm_up(name):
     turn(name, 0)
     return dict(peak_mib=torch.cuda.max_memory_allocated() / 2 ** 20)
 
-config = dict(vars(args), fast=fast._asdict(), **environment(device))
+config = dict(vars(args), fast=fast._asdict(), **describe.environment(device))
 print(json.dumps(config), flush=True)
 
 # -----------------------------------------------------------------------------
