@@ -229,16 +229,16 @@ def bring_back(folder):
 
 # -----------------------------------------------------------------------------
 
-CUT = 'stopped'
+CUT, ENDED = 'stopped', 'ended'
 
 def in_order(args, plans, failed):
     """The steps of this call. failed: those of the call before, and why."""
     steps = steps_of(args)
     if 'logit_mse' in plans:                # a student has begun with this teacher, complete or not
         steps = [step for step in steps if step.name != 'teacher']
-    # tests and bench begin from nothing again: what was cut comes last
+    # tests and bench begin from nothing again: what was cut, or ended with an error, comes last
     def begins_again(step):
-        return step.command.startswith('-m') and failed.get(step.name, '').startswith(CUT)
+        return step.command.startswith('-m') and failed.get(step.name, '').startswith((CUT, ENDED))
     return sorted(steps, key=begins_again)
 
 def forget_reports(step, args, done, folder):
@@ -319,7 +319,7 @@ def day(args):
             with open(log, errors='replace') as f:
                 if 'file too short' in f.read():    # a compilation that was killed left half a file
                     shutil.rmtree(always['TORCHINDUCTOR_CACHE_DIR'], ignore_errors=True)
-            why = f'ended with status {status}'
+            why = f'{ENDED} with status {status}'
             if status is None:
                 why = 'the time of this call is over' if now < limit else f'{CUT} after {limit:.0f} s'
             record['failed'][step.name] = why
