@@ -51,7 +51,7 @@ class Run:
     read. Raises Refused if another run is at work in the folder, or has been and is not to be continued."""
     def __init__(self, args):
         self.args, self.folder, self.rank = args, args.out, ddp.rank()
-        self.stop_asked, self.header = False, True
+        self.stop_asked, self.header, self.timed_share = False, True, 1.0
         self.rows, self.seconds_before, self.begun = [], 0.0, time.perf_counter()
         self.saved_at = self.row_at = self.begun
         self.at = 'before the first epoch'

@@ -71,7 +71,7 @@ def test_every_command_is_taken_by_its_script(name, scale, dataset):
             refusals.optimisation(args)
             refusals.model(args.model, width=args.width)
             if 'hp' in names:
-                refusals.training(args, names['method'], names['hp'])
+                refusals.training(args, names['method'], names['hp'], names['parser'].get_default)
                 refusals.attack(args)
             assert args.dataset == dataset and args.seed == 0
             assert '{' not in job.command and job.product.startswith('runs/')
