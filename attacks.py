@@ -77,7 +77,7 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     x = x.clone() if x.is_inference() else x.detach()       # an inference tensor takes no part in autograd
     eps, best = per_image(eps, x), None
     farthest = 1 if norm == 'Linf' else math.sqrt(x[0].numel())
-    for name, value in ('eps', eps), *[('step_size', size) for size in sizes[:1]]:
+    for name, value in ('eps', eps), ('step_size', sizes[0] if steps else 0):
         value = torch.as_tensor(value)
         if not value.is_cuda and not (0 <= value.min() and value.max() <= farthest):
             raise ValueError(f'{name} is {value.max():g}: in units of [0, 1], so 8 pixels are 8/255')

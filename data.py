@@ -156,7 +156,8 @@ def defaults(name, folder='data', teacher=False):
     """{flag: value}, what the dataset brings to a training script. Raises Refused for an unknown name."""
     known = row(name, folder)
     names = dict(epochs='teacher_epochs') if teacher else dict(eps='eps', epochs='epochs', steps='steps')
-    return dict(known.get('flags', {}), **{flag: known[name] for flag, name in names.items() if name in known})
+    own = {flag: known[name] for flag, name in names.items() if name in known}
+    return dict(known.get('flags', {}), **own)
 
 def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, device='cpu', training=True):
     """

@@ -265,14 +265,15 @@ def test_pgd_refuses_what_is_no_image_in_0_to_1(x, says):
         attacks.pgd(lambda x: x.sum((1, 2, 3)), x)
     assert '\n' not in str(e.value)
 
-@pytest.mark.parametrize('wrong', [dict(eps=8.0), dict(eps=-0.1), dict(eps=torch.full((len(X),), 8.0)), dict(eps=torch.ones(3)),
-                                   dict(eps=128, norm='L2'), dict(restarts=0), dict(step_size=2.0), dict(step_size=[2.0] * 10),
-                                   dict(step_size=[0.1, 0.1]), dict(step_size=torch.ones(10))])
+@pytest.mark.parametrize('wrong', [
+    dict(eps=8.0), dict(eps=-0.1), dict(eps=torch.full((len(X),), 8.0)), dict(eps=torch.ones(3)),
+    dict(eps=128, norm='L2'), dict(restarts=0), dict(step_size=2.0), dict(step_size=[2.0] * 10),
+    dict(step_size=[0.1, 0.1]), dict(step_size=torch.ones(10))])
 def test_pgd_refuses_a_slip_instead_of_a_weaker_attack(wrong):
     with pytest.raises(ValueError):
         attacks.pgd(lambda x: x.flatten(1).sum(1), X, **wrong)
 
-@pytest.mark.parametrize('objective', [lambda x: x.mean(), lambda x: x.flatten(1)], ids=['one for all', 'per pixel'])
+@pytest.mark.parametrize('objective', [lambda x: x.mean(), lambda x: x.flatten(1)], ids=['mean', 'pixels'])
 def test_pgd_wants_one_value_per_image(objective):
     """The best of several restarts would be that of the batch."""
     with pytest.raises(ValueError, match="reduction='none'"):
@@ -288,7 +289,8 @@ def test_pgd_takes_vectors_a_radius_per_image_any_sizes_and_inference_mode():
     one_step = attacks.pgd(climb, x, eps=eps, step_size=eps / 4, steps=1, init='zero')
     assert torch.allclose(one_step, (0.5 + eps / 4)[:, None].expand(4, 5))
     assert torch.allclose((attacks.pgd(climb, x, eps=eps, step_size=0.1, norm='L2', restarts=2) - x).norm(dim=1), eps)
-    assert torch.allclose(attacks.pgd(climb, x, eps=np.float32(0.1), step_size=np.float32(0.1)), torch.tensor(0.6))
+    of_numpy = np.float32(0.1)
+    assert torch.allclose(attacks.pgd(climb, x, eps=of_numpy, step_size=of_numpy), torch.tensor(0.6))
     assert attacks.pgd(climb, X[:0]).shape == X[:0].shape
     with torch.inference_mode():
         made_there = torch.full((2, 3, 4, 4), 0.5)

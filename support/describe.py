@@ -31,8 +31,10 @@ def name(args, defaults, hp=None):
     if args.subset:
         tags.append(f'n{args.subset}')
     if hp is not None:
-        of_loss = {flag: value if isinstance(value, str) else f'{value:.4g}' for flag, value in hp.items() if value}
-        tags += [args.loss, *[flag + value for flag, value in of_loss.items()]]
+        tags.append(args.loss)
+        for flag, value in hp.items():
+            if value:
+                tags.append(flag + (value if isinstance(value, str) else f'{value:.4g}'))
     for flag, value in vars(args).items():
         if flag in shown or value == defaults(flag):
             continue

@@ -138,8 +138,8 @@ def takes_soft_targets(method, hp):
     return not torch.equal(hard, soft)
 
 def unused(args, default, has_teacher):
-    """Flags that were given and would change nothing but the name of the run. default(name): what a flag is if it
-    is not given."""
+    """Flags that were given and would change nothing but the name of the run. default(name): what a flag is if
+    it is not given."""
     attack = ('steps', 'step_size', 'step_schedule', 'init', 'attack_bn', 'eps_ramp') if args.free else ()
     for without, flags in (
             (not args.targets and 'without --targets', ['smoothing']),
@@ -153,8 +153,8 @@ def unused(args, default, has_teacher):
                 refuse(f'--{flag.replace("_", "-")} does nothing {without}: leave it out')
 
 def training(args, method, hp, default, world=1):
-    """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss. default(name): of a
-    flag."""
+    """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss. default(name):
+    of a flag."""
     optimisation(args, world)
     model(args.model, width=args.width, activation=args.activation, dual_bn=args.dual_bn)
     loss, asked = args.loss, asked_for(method)
@@ -217,8 +217,8 @@ def training(args, method, hp, default, world=1):
         refuse(f"--recipe paper: {loss}'s steps are for --eps 8 in Linf: leave it out and set flags")
     if args.compile and os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1' and (
             args.amp == 'off' or args.accumulate > 1):
-        refuse('TORCHINDUCTOR_CUDAGRAPHS=1 goes neither with --amp off nor with --accumulate: a graph overwrites '
-               'what its last run has returned')
+        refuse('TORCHINDUCTOR_CUDAGRAPHS=1 goes neither with --amp off nor with --accumulate: a graph '
+               'overwrites what its last run has returned')
     if args.ema and args.swa:
         refuse('--ema and --swa: one average of the weights at a time')
     if args.swa == 1:

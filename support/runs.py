@@ -218,9 +218,9 @@ class Run:
         told, told_of_stop = time.perf_counter(), False
         for k, thing in enumerate(bar, initial):
             self.at = f'in {what}, after {k} of {total}'
-            if self.stop_asked and what == 'validation' and not told_of_stop:
+            if self.stop_asked and not told_of_stop:
                 told_of_stop = True
-                say('the validation comes to its end first; a second Ctrl-C stops at once')
+                say('stopping as soon as all can be saved; a second Ctrl-C stops at once')
             if bar.disable and time.perf_counter() - told > 30:
                 told = time.perf_counter()
                 say(f'{what}: {k} of {total}')
@@ -232,8 +232,8 @@ class Run:
             torch.cuda.synchronize()
 
     def estimate(self, update, batches, validate, net, steps, validations):
-        """--dry-run: times a few steps and a batch of validate(net), says how long all of it takes, and ends the
-        script. steps, validations: how many there are in the whole training."""
+        """--dry-run: times a few steps and a batch of validate(net), says how long all of it takes, and ends
+        the script. steps, validations: how many there are in the whole training."""
         net.train()
         x, y = next(batches)
         update(x, y)                                # compilation, and what is done once
@@ -281,7 +281,8 @@ class Run:
         """The training loop, with signals to stop it and one line for what ends it early."""
         self.begun = self.saved_at = self.row_at = time.perf_counter()
         before = {}
-        if threading.current_thread() is threading.main_thread() and not self.args.dry_run:     # else none is taken
+        # in another thread Python takes no handlers, and a dry run has nothing to save
+        if threading.current_thread() is threading.main_thread() and not self.args.dry_run:
             for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', None),
                            getattr(signal, 'SIGUSR1', None)):
                 if number is None or signal.getsignal(number) is signal.SIG_IGN:        # nohup stays nohup

@@ -155,7 +155,7 @@ def at_work(pid, folder):
 def test_half_a_file_of_a_killed_compilation_is_one_line(tmp_path):
     import torch._inductor.runtime.cache_dir_utils          # a compilation has
     run = object.__new__(runs.Run)
-    run.folder, run.rank = tmp_path, 0
+    run.folder, run.rank, run.args = tmp_path, 0, argparse.Namespace(dry_run=False)
     with pytest.raises(SystemExit) as stop:
         with run.guarded():
             raise RuntimeError('ImportError: /tmp/x/y.main.so: file too short\n\nSet TORCHDYNAMO_VERBOSE=1')

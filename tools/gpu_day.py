@@ -49,15 +49,16 @@ class Step(NamedTuple):
     env: dict = {}
     extra: bool = False             # comes after all others, if time is left
 
-CORE = ('"(logits and resnet18 and not preact) or (every_loss and (trades or logit_mse or dkl or rslad or adaad)) '
-        'or (eager_does and logit_mse) or (bit_for_bit and bf16) or without or fast or processes or memory"')
+CORE = ('"(logits and resnet18 and not preact) '
+        'or (every_loss and (trades or logit_mse or dkl or rslad or adaad)) or (eager_does and logit_mse) or (bit_for_bit and bf16) or without or fast or processes or memory"')
 REAL = dict(net='--dataset cifar10 --data-dir {data}', attack='', tests=f'-k {CORE}', bench='--seconds 4',
             small='--batch-size 128 --add graphs', teacher=8, rate='--subset 12800 --epochs 3', images=49_000,
             part='--n 1000 --batch-size 500', fallback=30, most=100)
 REHEARSAL = dict(net='--dataset synthetic --model wrn-10-1 --width 8 --subset 64 --batch-size 16 --amp off',
                  attack='--steps 2', tests='-k "logits or folded"',
                  bench='--model wrn-10-1 --width 8 --steps 2 --seconds 0.05',
-                 small='--batch-size 16', teacher=2, rate='--epochs 3', images=64, part='--n 16', fallback=1, most=2)
+                 small='--batch-size 16', teacher=2, rate='--epochs 3', images=64, part='--n 16',
+                 fallback=1, most=2)
 
 TESTS = '-m pytest -v --tb=short -p no:cacheprovider tests/test_cuda.py'
 BENCH = '-m tools.bench --loss logit_mse {bench}'
@@ -78,15 +79,17 @@ def trained(name, command, minutes, needs):
 
 def judged(name, of, flags, minutes, extra=False):
     """Of best.pt, also of a training that was cut."""
-    return Step(name, f'evaluate.py {{dir}}/runs/{of}/best.pt {flags} --out {{dir}}/{name}.json', f'{name}.json',
-                minutes, (f'runs/{of}/best.pt',), extra=extra)
+    best = f'runs/{of}/best.pt'
+    return Step(name, f'evaluate.py {{dir}}/{best} {flags} --out {{dir}}/{name}.json', f'{name}.json', minutes,
+                (best,), extra=extra)
 
 FAST = '{part} --fast --attacks clean pgd autoattack'
 EAGER = '{part} --no-audit --attacks clean autoattack'
 STEPS = [
     Step('versions', '-m torch.utils.collect_env', 'versions.log', 0.5),
     Step('tests', f'{TESTS} {{tests}}', 'tests.log', 3.5, statuses=(0, 1)),
-    Step('bench-small', f'{BENCH} {{small}} --profile --json {{dir}}/bench-small.json', 'bench-small.json', 3),
+    Step('bench-small', f'{BENCH} {{small}} --profile --json {{dir}}/bench-small.json',
+         'bench-small.json', 3),
     Step('teacher', 'train_teacher.py {net} --save-minutes 1 --compile --epochs {teacher} '
          '--out {dir}/runs/teacher --resume', 'runs/teacher/last.pt', 2.3),
     rated('rate-graphs', GRAPHS),
@@ -99,14 +102,15 @@ STEPS = [
          '--out {dir}/back/figures', 'back/figures', 0.3, ('logit_mse-fast.json', 'trades-fast.json')),
     judged('logit_mse-eager', 'logit_mse', EAGER, 4, extra=True),
     judged('trades-eager', 'trades', EAGER, 4, extra=True),
-    Step('bench-large', f'{BENCH} --batch-size 512 --profile --json {{dir}}/bench-large.json', 'bench-large.json', 3,
-         extra=True),
-    Step('tricks', f'{BENCH} --batch-size 128 --tricks --json {{dir}}/tricks.json', 'tricks.json', 7, extra=True),
+    Step('bench-large', f'{BENCH} --batch-size 512 --profile --json {{dir}}/bench-large.json',
+         'bench-large.json', 3, extra=True),
+    Step('tricks', f'{BENCH} --batch-size 128 --tricks --json {{dir}}/tricks.json',
+         'tricks.json', 7, extra=True),
     judged('logit_mse-whole', 'logit_mse', '--n 10000 --batch-size 1000 --fast --attacks clean pgd autoattack',
            13, extra=True),
     Step('tests-all', TESTS, 'tests-all.log', 10, statuses=(0, 1), extra=True)]
 
-# what a rehearsal leaves out: a CPU has no graphs, and of what is the same command with other flags one will do
+# what a rehearsal leaves out: a CPU has no graphs, and of a command with other flags one will do
 NOT_REHEARSED = 'rate-graphs', 'bench-large', 'tricks', 'logit_mse-whole', 'tests-all'
 
 def steps_of(args):
