@@ -1,0 +1,43 @@
+"""What the flags are when nobody gives them, what a hyper-parameter of one's own becomes, and what is said
+before the training: --dry-run, and a teacher that is not what the method learns from."""
+import signal
+
+import pytest
+
+import losses
+from losses import METHODS
+from support import validation
+from test_options import train
+from test_smoke import run, teacher         # teacher: a fixture
+
+def test_dry_run_times_one_batch_of_the_validation_and_can_be_stopped(tmp_path, monkeypatch, capsys):
+    seen, attack = [], validation.pgd
+    def spy(*args, **kwargs):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        return attack(*args, **kwargs)
+    monkeypatch.setattr(validation, 'pgd', spy)
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path / 'out', '--dry-run')
+    assert not e.value.code and 'Nothing was written' in capsys.readouterr().out
+    assert seen == [signal.SIG_DFL]                 # of two batches
+
+def test_a_switch_that_is_on_by_default_can_be_turned_off(tmp_path, monkeypatch):
+    def switched(logits_adv, y, *, soft=True, mode='a'):
+        return losses.ce(logits_adv, y)
+    monkeypatch.setitem(METHODS, 'pgd_at', METHODS['pgd_at']._replace(loss=switched))
+    script = train(tmp_path, '--no-soft', '--mode', 'b', loss='pgd_at')
+    assert script['hp'] == dict(soft=False, mode='b')
+
+@pytest.mark.parametrize('script', ['train_adv.py', 'train_teacher.py'])
+def test_a_dataset_s_width_is_of_the_default_network(script, tmp_path):
+    flags = ['--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--amp', 'off']
+    flags += ['--loss', 'pgd_at', '--steps', 1] if script == 'train_adv.py' else []
+    live = run(script, *flags, '--model', 'wrn-10-1', '--out', tmp_path)
+    assert live['args'].width is None
+    live = run(script, *flags, '--out', tmp_path / 'default')
+    assert live['args'].width == 8
+
+def test_a_robust_teacher_that_is_none_is_named(teacher, tmp_path, capsys):
+    for loss, named in ('rslad', True), ('logit_mse', False):
+        train(tmp_path / loss, '--teacher', teacher, '--eps', 64, loss=loss)
+        assert ('learns from a robust teacher, and this one is not' in capsys.readouterr().out) == named
