@@ -15,7 +15,7 @@ import torch
 
 def per_image(value, x):
     """A number, or one per image (B,), as what multiplies x (B,...)."""
-    if isinstance(value, numbers.Real):             # numpy's, too
+    if isinstance(value, numbers.Real):             # those of numpy are, too
         return float(value)
     value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
     if value.dim() == 0:
@@ -27,6 +27,17 @@ def per_image(value, x):
 def norms(d):
     """L2 norm of every image of d (B,...), as (B,1,...)."""
     return per_image(d.flatten(1).norm(dim=1).clamp_min(1e-12), d)
+
+def farthest(x, norm):
+    """How far black is from white, in images of the shape of x (B,...): no radius and no step is larger."""
+    return 1.0 if norm == 'Linf' else math.sqrt(math.prod(x.shape[1:]))
+
+def check_units(name, value, x, norm):
+    """Raises ValueError for a radius or step in pixels; but not on a GPU, which would wait in every batch."""
+    value = torch.as_tensor(value)
+    if not value.is_cuda and not (0 <= value.min() and value.max() <= farthest(x, norm)):
+        raise ValueError(f'{name} is {value.min():g} to {value.max():g}: in units of [0, 1], so that 8 pixels '
+                         f'are 8/255, and at most {farthest(x, norm):g}')
 
 def start(x, *, eps, init, norm):
     """The first x_adv: 'uniform' in the ball, 'normal' (TRADES: x + 0.001 N(0,1)), or 'zero' (x itself)."""
@@ -76,11 +87,9 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
         raise ValueError(f'{len(sizes)} step sizes for {steps} steps')
     x = x.clone() if x.is_inference() else x.detach()       # an inference tensor takes no part in autograd
     eps, best = per_image(eps, x), None
-    farthest = 1 if norm == 'Linf' else math.sqrt(x[0].numel())
-    for name, value in ('eps', eps), ('step_size', sizes[0] if steps else 0):
-        value = torch.as_tensor(value)
-        if not value.is_cuda and not (0 <= value.min() and value.max() <= farthest):
-            raise ValueError(f'{name} is {value.max():g}: in units of [0, 1], so 8 pixels are 8/255')
+    check_units('eps', eps, x, norm)
+    for size in set(sizes):
+        check_units('step_size', size, x, norm)
     for _ in range(restarts):
         x_adv = start(x, eps=eps, init=init, norm=norm)
         for step_size in sizes:
@@ -89,7 +98,7 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
                 value = objective(x_adv)
                 if value.shape != x.shape[:1]:
                     raise ValueError(f'the objective has the shape {tuple(value.shape)}: one value per '
-                                     f"image, ({len(x)},), so reduction='none'")
+                                     f"image, ({len(x)},), as with reduction='none'")
                 grad, = torch.autograd.grad(value.sum(), x_adv)
             x_adv = x_adv.detach()
             if norm == 'Linf':
@@ -202,7 +211,10 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     weights = [p for name, p in model.named_parameters()
                if p.dim() > 1 and 'weight' in name and p.requires_grad]
     gradients = torch.autograd.grad(objective(), weights, allow_unused=True)
-    weights, gradients = zip(*[(w, d) for w, d in zip(weights, gradients) if d is not None])
+    weights = [w for w, d in zip(weights, gradients) if d is not None]
+    if not weights:
+        raise ValueError("no convolution's and no linear weight takes part in the objective")
+    gradients = [d for d in gradients if d is not None]
     if average:
         average(gradients)
     saved = [w.detach().clone() for w in weights]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 import data
 import models
-from attacks import attack_mode, cw_margin, pgd
+from attacks import attack_mode, cw_margin, farthest, pgd
 from models import bn_branch
 from support import audit, autoattack, checkpoint, evaluation, files, refusals, shards, summary
 from support.autoattack import FAST, PARTS
@@ -102,6 +102,7 @@ d = data.load(args.dataset, args.data_dir, device=device, training=False)
 model, meta, source = evaluation.networks(args, run, d, device)
 adv = checkpoint.read(args.verify) if args.verify else None
 x_test, y_test, which, digest = evaluation.images(args, d, device)
+refusals.radius(args.norm, [args.eps, *args.sweep_eps], x_test)
 notes = evaluation.remarks(args, meta, d, y_test)       # what a reader of the number should know
 args.batch_size = args.batch_size or data.at_once(50 if device.type == 'cpu' else 250, d.x_test)
 args.out = args.out or evaluation.report_path(args, model.config['dual_bn'])
@@ -178,11 +179,15 @@ LABELS = {'pgd': f'pgd-{args.steps}', 'cw': f'cw-{args.steps}'}     # of their r
 todo = list(args.attacks)
 if source:
     todo += ['transfer', 'transfer-cw']
-last = todo[-1] if len({*todo} - {'clean'}) > 1 else None    # below it stands a row of all; not of the sweeps
+# below the last one stands a row of all within eps, without the sweeps
+attacks = set(todo) - {'clean'}
+within = [name for name in attacks if RADIUS.get(name, eps) == eps]
+last = todo[-1] if within and len(attacks) > 1 else None
 for e in args.sweep_eps:
     todo.append(f'pgd-{args.steps} at eps {e:g}')
     RADIUS[todo[-1]] = e / 255
-    ATTACKS[todo[-1]] = functools.partial(attack_pgd, eps=e / 255, step_size=step_size * e / args.eps)
+    in_proportion = min(step_size * e / args.eps, farthest(x_test, args.norm))
+    ATTACKS[todo[-1]] = functools.partial(attack_pgd, eps=e / 255, step_size=in_proportion)
 for k in args.sweep_steps:
     todo.append(f'pgd-{k}')
     ATTACKS[todo[-1]] = functools.partial(attack_pgd, steps=k)
@@ -331,8 +336,7 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
             predicted, moved = survivors(name, clean, clean == y_test)
             row(label, predicted, begun, moved)
         if name == last:
-            outside = any(RADIUS.get(other, eps) != eps for other in todo[:todo.index(last) + 1])
-            row(f'all within eps {args.eps:g}' if outside else 'all of the above', taken, started)
+            row('all of the above' if len(within) == len(attacks) else f'all within eps {args.eps:g}', taken, started)
 
     flags = summary.flags(inspected, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, args.n)
     notes += [flag['text'] for flag in flags.values() if flag['text']]

@@ -356,6 +356,12 @@ def asked_for(method):
     """Names of all that the method asks for, in its loss and in its attack."""
     return set(needs(method.loss) + needs(method.inner))
 
+def as_flag(name, value):
+    """A hyper-parameter as it is typed."""
+    if isinstance(value, bool):
+        return f'--{name}' if value else f'--no-{name}'
+    return f'--{name} {value:.4g}' if isinstance(value, float) else f'--{name} {value}'
+
 def table():
     """METHODS as the README shows it, made of signatures and docstrings."""
     rows = ['| `--loss` | minimises | its attack climbs | flags | labels | teacher | source |',
@@ -364,7 +370,7 @@ def table():
         source, formula = [line.strip() for line in method.loss.__doc__.splitlines()[:2]]
         authors, title, _ = source.partition(',')               # the title stands in the docstring
         climbs = method.inner.__doc__ if method.inner else '-'
-        flags = ' '.join(f'`--{k}`' if v is False else f'`--{k} {v:.4g}`'
+        flags = ' '.join(f'`{as_flag(k, not v if isinstance(v, bool) else v)}`'   # of a switch the other way
                          for k, v in hparams(method.loss).items())
         names = asked_for(method)
         teachers = [method.teacher, 's_logits_adv' in names and 'standard',

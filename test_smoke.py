@@ -268,7 +268,8 @@ def test_pgd_refuses_what_is_no_image_in_0_to_1(x, says):
 @pytest.mark.parametrize('wrong', [
     dict(eps=8.0), dict(eps=-0.1), dict(eps=torch.full((len(X),), 8.0)), dict(eps=torch.ones(3)),
     dict(eps=128, norm='L2'), dict(restarts=0), dict(step_size=2.0), dict(step_size=[2.0] * 10),
-    dict(step_size=[0.1, 0.1]), dict(step_size=torch.ones(10))])
+    dict(step_size=[0.1, 0.1]), dict(step_size=torch.ones(10)), dict(step_size=[0.1] * 9 + [8.0]),
+    dict(eps=torch.tensor([-0.1, 0.1]))])
 def test_pgd_refuses_a_slip_instead_of_a_weaker_attack(wrong):
     with pytest.raises(ValueError):
         attacks.pgd(lambda x: x.flatten(1).sum(1), X, **wrong)

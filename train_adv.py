@@ -21,7 +21,7 @@ from torch.optim.swa_utils import update_bn
 import data
 import models
 from attacks import attack_mode, frozen_statistics, pgd, scaled, step_sizes, weights_perturbed
-from losses import INNERS, METHODS, TARGETS, Softened, asked_for, hparams, needs
+from losses import INNERS, METHODS, TARGETS, Softened, as_flag, asked_for, hparams, needs
 from models import bn_branch
 from support import checkpoint, ddp, describe, files, refusals, runs, validation
 
@@ -42,7 +42,7 @@ arg('--teacher', metavar='PT', help='frozen teacher (default: a standard one, tr
 arg('--standard-teacher', metavar='PT', help='second teacher, of iad2 and kd_swa')
 arg('--teacher-model', help='its architecture, if the file holds weights only (default: --model)')
 arg('--guide-model', help='architecture of the guide of lbgat (default: --model)')
-arg('--guide-width', type=int, help='channels of its first layer (default: --width)')
+arg('--guide-width', type=int, help="channels of its first layer (default: --width; a --guide-model's own)")
 
 arg = parser.add_argument_group('attack, in pixels (0..255)').add_argument
 arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of L2 128, the usual 0.5)")
@@ -103,7 +103,7 @@ arg('--dry-run', action='store_true', help='say what would be done and how long'
 first, _ = parser.parse_known_args()
 method = METHODS[first.loss]
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir))
-if first.model != 'resnet18':       # the dataset's width is for that one
+if first.model != parser.get_default('model'):      # the dataset's width is for that one
     parser.set_defaults(width=None)
 if first.norm == 'L2':
     parser.set_defaults(eps=128.0)
@@ -117,7 +117,7 @@ if first.inner:
 
 arg = parser.add_argument_group(f'hyper-parameters of {first.loss}').add_argument
 for name, default in hparams(method.loss).items():
-    arg(f'--{name}', help=f'default {default}', **describe.flag_of(default))
+    arg(f'--{name}', help=f'default: {as_flag(name, default)}', **describe.flag_of(default))
 parser.add_argument('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
 refusals.unknown(unknown, args.loss, hparams(method.loss))
@@ -142,6 +142,7 @@ d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
 n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
 notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
+refusals.radius(args.norm, [args.eps], d.x_train)
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
 
@@ -149,7 +150,7 @@ torch.manual_seed(args.seed)
 student = checkpoint.build(args.model, d, dual_bn=args.dual_bn, **shape)
 guide = None
 if 'guide_logits' in wanted:
-    shape['width'] = args.guide_width or args.width
+    shape.update(refusals.guide_shape(args))
     guide = checkpoint.build(args.guide_model or args.model, d, '--guide-model', **shape)
 
 roles = []
@@ -166,7 +167,7 @@ if args.sync_bn:
 averaged = copy.deepcopy(student) if args.ema or args.swa else None
 
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
-# the speed block: with attacked_net = net all is the same, slower. What is saved is `student`
+# The speed block. Without it all is the same, but slower. What is saved is `student`
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [

@@ -59,7 +59,7 @@ arg('--dry-run', action='store_true', help='say what would be done and how long 
 
 first, _ = parser.parse_known_args()
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir, teacher=True))
-if first.model != 'resnet18':       # the dataset's width is for that one
+if first.model != parser.get_default('model'):      # the dataset's width is for that one
     parser.set_defaults(width=None)
 args = parser.parse_args()
 
@@ -67,7 +67,7 @@ args = parser.parse_args()
 # device, data, model. Wrong input is refused here, before any work: one line, no traceback
 rank, world, device = ddp.init()
 shape = dict(width=args.width, activation=args.activation)
-refusals.optimisation(args, world)
+refusals.optimisation(args, parser.get_default, world)
 refusals.model(args.model, **shape)
 args.out = args.out or describe.teacher_folder(args, parser.get_default)
 run = runs.Run(args)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from attacks import attack_mode, fgsm, norms, start
+from attacks import attack_mode, farthest, fgsm, norms, start
 from support.probes import StraightThrough, Subject, gradient, random_search
 
 # -----------------------------------------------------------------------------
@@ -176,8 +176,8 @@ def _weaker(net, x, y, fell, eps, step_size):
     yield _loses('noise', noise, fell, f'{STEPS} draws of noise, not to PGD-{STEPS}')
 
     less = net.broken(net.attack(net.ce, x, y, eps=eps / 2, step_size=step_size / 2), y)
-    twice = min(2 * eps, 1) if net.norm == 'Linf' else 2 * eps          # 1 is every image there is
-    more = net.broken(net.attack(net.ce, x, y, eps=twice, step_size=2 * step_size), y)
+    most = farthest(x, net.norm)
+    more = net.broken(net.attack(net.ce, x, y, eps=min(2 * eps, most), step_size=min(2 * step_size, most)), y)
     only_smaller = (less & stand) | (fell & ~more)
     only_larger = (fell & ~less) | (more & stand)
     yield _loses('larger-eps', only_smaller, only_larger, 'the smaller of two eps (half, one, twice)')

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from losses import METHODS
+from losses import METHODS, as_flag
 from support import autoattack
 from support.files import say
 
@@ -108,8 +108,7 @@ def summary(config, net, notes=()):
     if config.get('extra'):
         labels = "the teacher's" if config['pseudo_labels'] else 'not needed'
         notes = [*notes, f'{config["extra_fraction"]:.0%} of every batch from {config["extra"]}; their labels: {labels}']
-    hparams = ''.join(f' --{flag} {f"{value:g}" if isinstance(value, float) else value}'
-                      for flag, value in config.get('hparams', {}).items())
+    hparams = ''.join(f' {as_flag(flag, value)}' for flag, value in config.get('hparams', {}).items())
     say(f'{config["loss"]}{hparams}; {attack(config)}',
         f'data: {config["dataset"]}, {config["train_images"]} training images, augmentation {config["augment"]}; '
         f'{config["val_images"]} more held out for selection; {config["classes"]} classes',

@@ -166,7 +166,7 @@ def searched(args, model, device):
     words, faster = 'float32, compiled', model
     if args.fast and '.py:' not in model.config['name']:        # of another network only its author knows
         with bn_branch(model, args.branch):
-            # said here: for batches of many sizes the compiler leaves a layout as it is
+            # the compiler chooses a layout itself only if all batches have one size, and here they shrink
             faster = models.folded(model).to(memory_format=models.layout(device))
         if not any(isinstance(m, torch.nn.BatchNorm2d) for m in faster.modules()):
             words += ', BN folded'

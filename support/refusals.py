@@ -8,6 +8,7 @@ import sys
 import torch
 
 import models
+from attacks import farthest
 from losses import METHODS, Softened, climb_kl, climb_mse, asked_for, needs, smooth
 from support.files import Refused
 
@@ -95,11 +96,17 @@ def attack(args):
         refuse(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; 2/255 is 2, '
                '0.007 is 1.8')
 
+def radius(norm, radii, x):
+    """Refuses radii, in pixels, beyond every image of the shape of x (B,...)."""
+    most = 255 * farthest(x, norm)
+    if max(radii) > most:
+        refuse(f'eps {max(radii):g}: in these images black is {most:.0f} from white, so that no {norm} radius is larger')
+
 # -----------------------------------------------------------------------------
 # training
 
-def optimisation(args, world=1):
-    """What both training scripts share."""
+def optimisation(args, default, world=1):
+    """What both training scripts share. default(name): of a flag."""
     numbers(args, 0, 1e9, 'lr', 'weight_decay', 'save_minutes')
     numbers(args, 1, 1e9, 'epochs', 'accumulate', 'width', 'subset')
     numbers(args, 2, 1e9, 'batch_size')
@@ -108,6 +115,8 @@ def optimisation(args, world=1):
         refuse('--subset-seed draws the images of --subset: give both')
     if not all(0 < m < 1 for m in args.milestones):
         refuse('--milestones: shares of the training, from 0 to 1')
+    if args.schedule != 'step':
+        unused(args, default, f'with --schedule {args.schedule}', 'milestones')
     if args.compile and not torch.cuda.is_available() and (args.width or 64) < 8:
         refuse(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
     parts = world * args.accumulate
@@ -137,25 +146,23 @@ def takes_soft_targets(method, hp):
     soft = method.loss(**dict(values, y=Softened(y, smooth)), **hp)
     return not torch.equal(hard, soft)
 
-def unused(args, default, has_teacher):
-    """Flags that were given and would change nothing but the name of the run. default(name): what a flag is if
-    it is not given."""
-    attack = ('steps', 'step_size', 'step_schedule', 'init', 'attack_bn', 'eps_ramp') if args.free else ()
-    for without, flags in (
-            (not args.targets and 'without --targets', ['smoothing']),
-            (args.schedule != 'step' and f'with --schedule {args.schedule}', ['milestones']),
-            (not args.awp and 'without --awp', ['awp_warmup']),
-            (not args.extra and 'without --extra', ['extra_fraction']),
-            (not has_teacher and f'with --loss {args.loss}, which has no teacher', ['teacher_model']),
-            (args.free and 'with --free, which makes no PGD', attack)):
-        for flag in flags:
-            if without and getattr(args, flag) != default(flag):
-                refuse(f'--{flag.replace("_", "-")} does nothing {without}: leave it out')
+def unused(args, default, without, *flags):
+    """Refuses flags that are not at their default, and would change nothing but the name of the run. default(name):
+    of a flag. without: why, in words."""
+    for flag in flags:
+        if getattr(args, flag) != default(flag):
+            refuse(f'--{flag.replace("_", "-")} does nothing {without}: leave it out')
+
+def guide_shape(args):
+    """What models.build is given for the guide of lbgat. The student's flags are not for a --guide-model."""
+    if args.guide_model:
+        return dict(width=args.guide_width, activation='relu')
+    return dict(width=args.guide_width or args.width, activation=args.activation)
 
 def training(args, method, hp, default, world=1):
     """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss. default(name):
     of a flag."""
-    optimisation(args, world)
+    optimisation(args, default, world)
     model(args.model, width=args.width, activation=args.activation, dual_bn=args.dual_bn)
     loss, asked = args.loss, asked_for(method)
     wants_teacher = any(name.startswith('t_') for name in asked)
@@ -169,10 +176,19 @@ def training(args, method, hp, default, world=1):
     if sum(hp[k] for k in method.shares) > 1:
         refuse(f'--loss {loss}: {" and ".join(method.shares)} are shares, at most 1 together')
 
-    unused(args, default, wants_teacher or labels_extra)
+    if not args.targets:
+        unused(args, default, 'without --targets', 'smoothing')
+    if not args.awp:
+        unused(args, default, 'without --awp', 'awp_warmup')
+    if not args.extra:
+        unused(args, default, 'without --extra', 'extra_fraction')
+    if not (wants_teacher or labels_extra or 's_logits_adv' in asked):
+        unused(args, default, f'with --loss {loss}, which has no teacher', 'teacher_model')
+    if args.free:
+        unused(args, default, 'with --free, which makes no PGD',
+               'steps', 'step_size', 'step_schedule', 'init', 'attack_bn')
     if 'guide_logits' in asked:
-        model(args.guide_model or args.model, '--guide-model', width=args.guide_width or args.width,
-              activation=args.activation)
+        model(args.guide_model or args.model, '--guide-model', **guide_shape(args))
 
     # teachers
     if args.teacher and not wants_teacher and not labels_extra:
@@ -197,7 +213,7 @@ def training(args, method, hp, default, world=1):
     if args.free and (args.norm != 'Linf' or args.accumulate > 1):
         refuse('--free steps in Linf, and on whole batches')
 
-    if args.init == 'zero' and method.inner in (climb_kl, climb_mse) and not (args.free or args.dual_bn):
+    if args.init == 'zero' and method.inner in (climb_kl, climb_mse) and not args.dual_bn:
         refuse('--init zero: at x itself this attack has no gradient; --init normal starts beside it')
 
     # labels and images without them

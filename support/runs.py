@@ -51,7 +51,7 @@ class Run:
     read. Raises Refused if another run is at work in the folder, or has been and is not to be continued."""
     def __init__(self, args):
         self.args, self.folder, self.rank = args, args.out, ddp.rank()
-        self.stop_asked, self.header, self.timed_share = False, True, 1.0
+        self.stop_asked, self.stop_told, self.header, self.timed_share = False, False, True, 1.0
         self.rows, self.seconds_before, self.begun = [], 0.0, time.perf_counter()
         self.saved_at = self.row_at = self.begun
         self.at = 'before the first epoch'
@@ -215,11 +215,11 @@ class Run:
         self.at = f'in {what}'
         bar = tqdm(things, desc=what, total=total, initial=initial, leave=False,
                    disable=True if self.rank else None)
-        told, told_of_stop = time.perf_counter(), False
+        told = time.perf_counter()
         for k, thing in enumerate(bar, initial):
             self.at = f'in {what}, after {k} of {total}'
-            if self.stop_asked and not told_of_stop:
-                told_of_stop = True
+            if self.stop_asked and not self.stop_told:
+                self.stop_told = True
                 say('stopping as soon as all can be saved; a second Ctrl-C stops at once')
             if bar.disable and time.perf_counter() - told > 30:
                 told = time.perf_counter()

@@ -99,6 +99,11 @@ def test_one_class_is_refused(script, tmp_path, capsys):
     err = capsys.readouterr().err
     assert 'of one class' in err and err.count('\n') == 1
 
+def test_an_evaluation_asks_nothing_of_the_training_images(tmp_path):
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    np.savez(tmp_path / 'mine.npz', x_train=images, y_train=[9, 9], x_test=images, y_test=[0, 3])
+    assert data.load('mine', tmp_path, training=False).classes == 10
+
 def test_a_class_without_test_images(tmp_path, net):
     x_train, y_train, x_test, y_test = data.synthetic()
     kept = y_test != 3

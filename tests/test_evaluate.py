@@ -80,7 +80,7 @@ def test_every_row_is_there_and_means_what_it_says(whole):
     _, r, _ = whole
     right = {row: v['correct'] for row, v in r['results'].items()}
     assert set(right) == {'clean', 'fgsm', 'pgd-5', 'cw-5', 'weak', 'strong',
-                          'transfer', 'transfer-cw', 'all of the above',
+                          'transfer', 'transfer-cw', 'all within eps 2.5',
                           'pgd-5 at eps 0', 'pgd-5 at eps 1', 'pgd-5 at eps 12', 'pgd-1', 'pgd-10'}
     assert right['pgd-5 at eps 0'] == right['clean'] > right['pgd-5'] > right['pgd-5 at eps 12']
     assert right['transfer'] == right['pgd-5']              # from itself
@@ -118,8 +118,19 @@ def test_saved_images_are_what_the_report_says(whole, tmp):
     right = logits(tmp, saved['x_adv']).argmax(1) == y
     assert saved['x_adv'].dtype == torch.float32 and (saved['x_adv'] - x).abs().max() <= 2.501 / 255
     assert torch.equal(right, saved['robust'])
-    # all of the above, and the sweep over steps after it
-    assert right.sum() <= r['results']['all of the above']['correct'] < r['results']['clean']['correct']
+    # all of this radius, and the sweep over steps after it
+    assert right.sum() <= r['results']['all within eps 2.5']['correct'] < r['results']['clean']['correct']
+
+def test_steps_as_large_as_the_range_are_taken(tmp, tmp_path):
+    """In proportion they, and the audit's, would be larger."""
+    r = evaluate(*net(tmp), '--n', 8, '--eps', 140, '--step-size', 129, '--steps', 1, '--attacks', 'pgd',
+                 '--sweep-eps', 8, 255, out=tmp_path / 'e.json')[1]
+    assert r['results']['pgd-1 at eps 255']['correct'] <= r['results']['pgd-1 at eps 8']['correct'] and r['audit']
+
+def test_attacks_that_are_all_of_another_radius_have_no_row_of_all(tmp, tmp_path):
+    r = evaluate(*net(tmp), '--n', 8, '--no-audit', '--attacks', 'weak', 'strong', out=tmp_path / 'e.json')[1]
+    assert list(r['results']) == ['clean', 'weak', 'strong'] and 'threat_model' not in [
+        name for name, flag in r['flags'].items() if flag['raised']]
 
 def test_an_attack_of_another_radius_is_not_among_all(tmp, tmp_path):
     r = evaluate(*net(tmp), '--n', 8, '--eps', '1', '--no-audit', '--steps', 1, '--attacks', 'pgd', 'strong',
@@ -268,7 +279,7 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp, tmp_path, capsy
     text = '\n'.join(lines)
     for said in (str(weights), 'nets.py:plain', 'synthetic, the first 30 of 256', 'Linf eps 2.5/255',
                  'steps of 0.625/255', 'batches of 12', 'masking audit, pgd-5, autoattack',
-                 f'report: {tmp_path}/w.eval-Linf-2.5-n30-pgd+autoattack.json', 'Nothing was written'):
+                 f'report: {tmp_path}/w.eval-Linf-2.5-n30-pgd+autoattack-steps5.json', 'Nothing was written'):
         assert said in text, text
     assert dry_run(capsys, weights, *argv, '--attacks', 'pgd', '--no-audit')[1] < all_of_it
 

@@ -114,24 +114,64 @@ def test_what_is_cut_continues_and_what_fails_is_left_out_and_tried_again(tmp_pa
     assert (tmp_path / 'slow').read_text() == 'xx'
     assert (tmp_path / 'last').read_text() == 'x'   # done is done
 
-def test_what_was_judged_of_a_training_that_was_cut_is_judged_again(tmp_path, monkeypatch):
-    write = "import os, sys; os.makedirs(os.path.dirname(sys.argv[1]), exist_ok=True); open(sys.argv[1], 'a').write('x')"
-    steps = [Step('a', f'-c "{write}; import time; time.sleep(60)" {{dir}}/runs/a/best.pt', 'runs/a/last.pt', 1),
+WRITE = ("import os, sys; [os.makedirs(os.path.dirname(path), exist_ok=True) or open(path, 'a').write('x') "
+         "for path in sys.argv[1:]]")
+
+def test_what_was_judged_of_a_training_that_was_cut_is_judged_and_drawn_again(tmp_path, monkeypatch):
+    train = f'-c "{WRITE}; import time; time.sleep(60)" {{dir}}/runs/a/best.pt'
+    steps = [Step('a', train, 'runs/a/last.pt', 1),
              Step('bench', '-m {dir}', 'bench', 1),
-             Step('judge', f'-c "{write}" {{dir}}/a.json', 'a.json', 1, needs=('runs/a/best.pt',))]
+             Step('judge', f'-c "{WRITE}" {{dir}}/a.json', 'a.json', 1, needs=('runs/a/best.pt',)),
+             Step('draw', f'-c "{WRITE}" {{dir}}/drawn/1', 'drawn', 1, needs=('a.json',)),
+             Step('other', f'-c "{WRITE}" {{dir}}/b.json', 'b.json', 1)]
     monkeypatch.setattr(gpu_day, 'steps_of', lambda args: steps)
     args = argparse.Namespace(out=str(tmp_path), data_dir='data', minutes=0.5, now=None, rehearse=True)
     monkeypatch.setattr(gpu_day, 'bring_back', lambda folder: None)         # these are no checkpoints
-    assert not gpu_day.day(args)
-    record = json.loads((tmp_path / 'day.json').read_text())
-    assert set(record['done']) == {'judge'} and (tmp_path / 'a.json').read_text() == 'x'
+    def made():
+        return [(tmp_path / path).read_text() for path in ('a.json', 'drawn/1', 'b.json')]
+    for epochs in 'x', 'xx':                        # cut, and cut again an epoch later
+        assert not gpu_day.day(args)
+        record = json.loads((tmp_path / 'day.json').read_text())
+        assert set(record['done']) == {'judge', 'draw', 'other'} and made() == ['x', 'x', 'x']
+        assert (tmp_path / 'runs/a/best.pt').read_text() == epochs
+        args.minutes += 0.5
 
     cut = {'a': 'stopped after 10 s', 'bench': 'stopped after 10 s'}
-    assert [step.name for step in gpu_day.in_order(args, {}, cut)] == ['a', 'judge', 'bench']
-    steps[0] = steps[0]._replace(command=f'-c "{write}" {{dir}}/runs/a/last.pt')
-    steps[1] = steps[1]._replace(command=f'-c "{write}" {{dir}}/bench')
-    args.minutes = 2
-    assert gpu_day.day(args) and (tmp_path / 'a.json').read_text() == 'x'       # anew, not 'xx'
+    assert [step.name for step in gpu_day.in_order(args, {}, cut)] == ['a', 'judge', 'draw', 'other', 'bench']
+    steps[0] = steps[0]._replace(command=f'-c "{WRITE}" {{dir}}/runs/a/best.pt {{dir}}/runs/a/last.pt')
+    steps[1] = steps[1]._replace(command=f'-c "{WRITE}" {{dir}}/bench')
+    args.minutes += 2
+    before = (tmp_path / 'b.json').stat().st_mtime_ns
+    assert gpu_day.day(args) and made() == ['x', 'x', 'x']                  # anew, not 'xx'
+    drawn, best = [(tmp_path / path).stat().st_mtime_ns for path in ('drawn/1', 'runs/a/best.pt')]
+    assert drawn > best and (tmp_path / 'b.json').stat().st_mtime_ns == before
+
+def test_where_nothing_can_be_compiled_the_rest_is_trained_without(tmp_path, monkeypatch, capsys):
+    compiles = f'-c "{WRITE.replace("sys.argv[1:]", "sys.argv[1:2]")}; assert sys.argv[2:] == []" '
+    steps = [Step('rate-compile', compiles + '{dir}/runs/rate-compile/last.pt --compile', 'runs/rate-compile/last.pt', 1),
+             Step('teacher', compiles + '{dir}/runs/teacher/last.pt --compile', 'runs/teacher/last.pt', 1),
+             Step('trades', compiles + '{dir}/runs/trades/last.pt --compile', 'runs/trades/last.pt', 1)]
+    monkeypatch.setattr(gpu_day, 'steps_of', lambda args: steps)
+    args = argparse.Namespace(out=str(tmp_path), data_dir='data', minutes=9, now=None, rehearse=True)
+    assert not gpu_day.day(args)
+    record = json.loads((tmp_path / 'day.json').read_text())
+    assert set(record['done']) == {'teacher', 'trades'} and set(record['failed']) == {'rate-compile'}
+    assert capsys.readouterr().out.count('again without --compile') == 1
+
+def test_in_the_background_of_a_script_a_step_that_is_cut_saves_all_the_same(tmp_path):
+    """There a shell has SIGINT ignored, by children of children, too."""
+    script = f"""
+import signal, sys, time
+from tools import gpu_day
+gpu_day.handle_signals()
+step = gpu_day.Step('a', '', 'a', 1)
+begun = time.monotonic()
+gpu_day.run(step, '-c "import time; time.sleep(60)"', {{}}, {str(tmp_path / 'log')!r}, 2)
+print(time.monotonic() - begun)
+"""
+    command = f'{shlex.quote(sys.executable)} -c {shlex.quote(script)} & wait'
+    done = subprocess.run(['bash', '-c', command], cwd=HERE, capture_output=True, text=True)
+    assert float(done.stdout) < 20 and 'KeyboardInterrupt' in (tmp_path / 'log').read_text()
 
 def test_sigterm_stops_the_step_at_work(tmp_path):
     day = subprocess.Popen([sys.executable, '-m', 'tools.gpu_day', '--rehearse', '--out', tmp_path], cwd=HERE,

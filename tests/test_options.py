@@ -52,6 +52,9 @@ def test_awp_passes_over_a_weight_that_is_not_used(net):
     with attacks.weights_perturbed(net, lambda: F.cross_entropy(net(X), Y), gamma=0.01, average=seen.append):
         assert torch.equal(net.spare.weight, before)
     assert None not in seen[0]
+    with pytest.raises(ValueError, match='no linear weight'):
+        with attacks.weights_perturbed(net, lambda: net.linear.bias.sum(), gamma=0.01):
+            pass
 
 def test_awp_changes_the_update_and_leaves_the_statistics_to_the_real_forwards(tmp_path):
     """With a learning rate of zero the weights stay where they were, bit for bit."""

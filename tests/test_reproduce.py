@@ -68,7 +68,7 @@ def test_every_command_is_taken_by_its_script(name, scale, dataset):
         for job in trainings:
             names = plans.head(job.command)                 # argparse's own refusals
             args = argparse.Namespace(**vars(names['args']))
-            refusals.optimisation(args)
+            refusals.optimisation(args, names['parser'].get_default)
             refusals.model(args.model, width=args.width)
             if 'hp' in names:
                 refusals.training(args, names['method'], names['hp'], names['parser'].get_default)

@@ -42,7 +42,7 @@ class Step(NamedTuple):
     name: str
     command: str                    # of python; {...} is a setting, the folder, or planned
     product: str                    # the file in DIR that it makes, beside NAME.log
-    minutes: float                  # of 25
+    minutes: float                  # its share of the 25
     needs: tuple = ()               # files in DIR: without them it is left out
     rates: tuple = ()               # of a training: the steps whose logs say how long an epoch takes
     statuses: tuple = (0,)          # with which it is done: of tests that fail the log is the result
@@ -50,7 +50,8 @@ class Step(NamedTuple):
     extra: bool = False             # comes after all others, if time is left
 
 CORE = ('"(logits and resnet18 and not preact) '
-        'or (every_loss and (trades or logit_mse or dkl or rslad or adaad)) or (eager_does and logit_mse) or (bit_for_bit and bf16) or without or fast or processes or memory"')
+        'or (every_loss and (trades or logit_mse or dkl or rslad or adaad)) or (eager_does and logit_mse) '
+        'or (bit_for_bit and bf16) or without or fast or processes or memory"')
 REAL = dict(net='--dataset cifar10 --data-dir {data}', attack='', tests=f'-k {CORE}', bench='--seconds 4',
             small='--batch-size 128 --add graphs', teacher=8, rate='--subset 12800 --epochs 3', images=49_000,
             part='--n 1000 --batch-size 500', fallback=30, most=100)
@@ -245,14 +246,25 @@ def in_order(args, plans, failed):
         return step.command.startswith('-m') and failed.get(step.name, '').startswith((CUT, ENDED))
     return sorted(steps, key=begins_again)
 
-def forget_reports(step, args, done, folder):
-    """Of a training that has ended: what was judged when it had been cut is judged again."""
-    best = f'{os.path.dirname(step.product)}/best.pt'
-    for later in steps_of(args):
-        if best in later.needs and later.product.endswith('.json'):
-            done.pop(later.name, None)
-            for path in glob.glob(f'{folder}/{later.product}*'):
-                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+def may_be_eager(step, command, made):
+    """Is it a training that may have failed because nothing can be compiled here, before its first epoch ended?
+    Those that measure a way to compile are not asked."""
+    measures = step.name.startswith('rate-')
+    return ' --compile' in command and not measures and not os.path.exists(f'{made}/best.pt')
+
+def is_stale(step, folder):
+    """Is it a report or a figure of what has been trained, or judged, further since?"""
+    product = f'{folder}/{step.product}'
+    if TEACHER in step.needs or not os.path.exists(product):        # the students keep their teacher
+        return False
+    needed = [f'{folder}/{path}' for path in step.needs]
+    return any(os.path.getmtime(path) > os.path.getmtime(product) for path in needed if os.path.exists(path))
+
+def forget(step, done, folder):
+    """What a step has made, so that it begins anew."""
+    done.pop(step.name, None)
+    for path in glob.glob(f'{folder}/{step.product}*'):
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 def day(args):
     """-> is every step done?"""
@@ -265,10 +277,10 @@ def day(args):
         # for tests/test_cuda.py; and networks this small win nothing by threads that wait for each other
         always.update(REHEARSE='1', OMP_NUM_THREADS='1')
     os.makedirs(f'{folder}/runs', exist_ok=True)
-    record = dict(seconds=0.0, done={}, failed={}, plans={})
+    record = dict(seconds=0.0, done={}, failed={}, plans={}, eager=False)
     if os.path.exists(f'{folder}/day.json'):
         with open(f'{folder}/day.json') as f:
-            record = json.load(f)
+            record.update(json.load(f))
     before, failed = record['seconds'], record['failed']
     record['failed'] = {}
     steps = in_order(args, record['plans'], failed)
@@ -283,6 +295,8 @@ def day(args):
         bring_back(folder)
 
     for k, step in enumerate(steps):
+        if is_stale(step, folder):
+            forget(step, record['done'], folder)
         if step.name in record['done']:
             continue
         missing = [path for path in step.needs if not os.path.exists(f'{folder}/{path}')]
@@ -312,15 +326,25 @@ def day(args):
             shutil.rmtree(f'{folder}/runs/{step.name}', ignore_errors=True)
 
         t0, log = spent(), f'{folder}/{step.name}.log'
+        logged = os.path.getsize(log) if os.path.exists(log) else 0
         command = step.command.format(**settings, epochs=plan['epochs'])
-        status = run(step, command, {**always, **step.env, **plan['env']}, log, min(limit, now))
+        env = {**always, **step.env, **plan['env']}
+        if record['eager']:
+            command = command.replace(' --compile', '')
+        status = run(step, command, env, log, min(limit, now))
+        made = f'{folder}/{os.path.dirname(step.product)}'
+        if status not in (None, *step.statuses) and may_be_eager(step, command, made):
+            say(f'{step.name:<16} {ENDED} with status {status}: {last_line(log)}; again without --compile')
+            shutil.rmtree(made, ignore_errors=True)
+            status = run(step, command.replace(' --compile', ''), env, log, min(limit, now) - (spent() - t0))
+            record['eager'] = status in step.statuses
         seconds = spent() - t0
         if status in step.statuses and os.path.exists(f'{folder}/{step.product}'):
             record['done'][step.name] = dict(seconds=seconds, status=status)
             say(f'{step.name:<16} {seconds:6.0f} s  {last_line(log)}')
-            forget_reports(step, args, record['done'], folder)
         else:
             with open(log, errors='replace') as f:
+                f.seek(logged)
                 if 'file too short' in f.read():    # a compilation that was killed left half a file
                     shutil.rmtree(always['TORCHINDUCTOR_CACHE_DIR'], ignore_errors=True)
             why = f'{ENDED} with status {status}'
@@ -330,6 +354,12 @@ def day(args):
             say(f'{step.name:<16} {seconds:6.0f} s  {why}: {last_line(log)}')
         write()
     return not record['failed']
+
+def handle_signals():
+    """A signal stops the step at work, too. A script's shell has SIGINT ignored in what it puts in the background,
+    and in the children of that."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.default_int_handler)
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
@@ -355,7 +385,7 @@ if __name__ == '__main__':
         if not os.path.exists(f'{args.data_dir}/cifar10.npz'):
             raise Refused(f'{args.data_dir}/cifar10.npz is not there: --data-dir')
         has_autoattack()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)       # as Ctrl-C: the step at work is stopped, too
+    handle_signals()
     try:
         sys.exit(0 if day(args) else 1)
     except KeyboardInterrupt:
