@@ -36,8 +36,8 @@ def check_units(name, value, x, norm):
     """Raises ValueError for a radius or step in pixels; but not on a GPU, which would wait in every batch."""
     value = torch.as_tensor(value)
     if not value.is_cuda and not (0 <= value.min() and value.max() <= farthest(x, norm)):
-        raise ValueError(f'{name} is {value.min():g} to {value.max():g}: in units of [0, 1], so that 8 pixels '
-                         f'are 8/255, and at most {farthest(x, norm):g}')
+        raise ValueError(f'{name} is {value.min():g} to {value.max():g}: in units of [0, 1], so that '
+                         f'8 pixels are 8/255, and at most {farthest(x, norm):g}')
 
 def start(x, *, eps, init, norm):
     """The first x_adv: 'uniform' in the ball, 'normal' (TRADES: x + 0.001 N(0,1)), or 'zero' (x itself)."""

@@ -192,7 +192,8 @@ def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, de
         train = train[:subset]
     classes = classes or int(y_train.max()) + 1
     if classes < 2 or training and len(y_train.unique()) == 1:
-        raise Refused(f'--dataset {name}: all its training images are of one class, there is nothing to tell apart')
+        raise Refused(f'--dataset {name}: all its training images are of one class, there is nothing '
+                      'to tell apart')
     return Dataset(name, classes, augment or defaults['augment'], x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
 

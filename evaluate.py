@@ -336,7 +336,8 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
             predicted, moved = survivors(name, clean, clean == y_test)
             row(label, predicted, begun, moved)
         if name == last:
-            row('all of the above' if len(within) == len(attacks) else f'all within eps {args.eps:g}', taken, started)
+            row('all of the above' if len(within) == len(attacks) else f'all within eps {args.eps:g}',
+                taken, started)
 
     flags = summary.flags(inspected, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, args.n)
     notes += [flag['text'] for flag in flags.values() if flag['text']]

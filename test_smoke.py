@@ -286,10 +286,12 @@ def test_pgd_takes_vectors_a_radius_per_image_any_sizes_and_inference_mode():
     x = torch.full((4, 5), 0.5, requires_grad=True)
     eps = torch.tensor([0.1, 0.2, 0.3, 0.4])
     x_adv = attacks.pgd(climb, x, eps=eps, step_size=np.full(10, 0.1))
-    assert torch.allclose(x_adv, (0.5 + eps)[:, None].expand(4, 5)) and not x_adv.requires_grad and x.requires_grad
+    assert (torch.allclose(x_adv, (0.5 + eps)[:, None].expand(4, 5)) and not x_adv.requires_grad
+            and x.requires_grad)
     one_step = attacks.pgd(climb, x, eps=eps, step_size=eps / 4, steps=1, init='zero')
     assert torch.allclose(one_step, (0.5 + eps / 4)[:, None].expand(4, 5))
-    assert torch.allclose((attacks.pgd(climb, x, eps=eps, step_size=0.1, norm='L2', restarts=2) - x).norm(dim=1), eps)
+    assert torch.allclose(
+        (attacks.pgd(climb, x, eps=eps, step_size=0.1, norm='L2', restarts=2) - x).norm(dim=1), eps)
     of_numpy = np.float32(0.1)
     assert torch.allclose(attacks.pgd(climb, x, eps=of_numpy, step_size=of_numpy), torch.tensor(0.6))
     assert attacks.pgd(climb, X[:0]).shape == X[:0].shape
@@ -381,10 +383,11 @@ def test_every_loss_trains_and_the_teacher_does_not(loss, teacher, tmp_path):
 @pytest.mark.parametrize('amp', ['bf16', 'fp16'] if torch.cuda.is_available() else ['bf16'])
 def test_a_training_in_mixed_precision(amp, teacher, tmp_path):
     """On a GPU where there is one. More: tests/test_fp16.py on a CPU, tests/test_cuda.py on a GPU."""
-    script = run('train_adv.py', '--loss', 'logit_mse', '--teacher', teacher, *TINY, '--epochs', 1, '--steps', 2,
-                 '--amp', amp, '--out', tmp_path)
+    script = run('train_adv.py', '--loss', 'logit_mse', '--teacher', teacher, *TINY, '--epochs', 1,
+                 '--steps', 2, '--amp', amp, '--out', tmp_path)
     log = [json.loads(line) for line in (tmp_path / 'log.jsonl').read_text().splitlines()]
-    assert log[0]['precision'] == {'bf16': 'torch.bfloat16', 'fp16': 'torch.float16'}[amp] and math.isfinite(log[1]['loss'])
+    assert (log[0]['precision'] == {'bf16': 'torch.bfloat16', 'fp16': 'torch.float16'}[amp]
+            and math.isfinite(log[1]['loss']))
     net, _ = checkpoint.load_checkpoint(tmp_path / 'last.pt')
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in net.parameters())
     assert script['student'].conv1.weight.is_cuda == torch.cuda.is_available()

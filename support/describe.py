@@ -17,13 +17,14 @@ from losses import METHODS, as_flag
 from support import autoattack
 from support.files import say
 
-# may differ when a run is continued: where it lies and how it is watched, and the versions and names of the machine
-NOT_THE_RUN = {'out', 'data_dir', 'resume', 'save_minutes', 'dry_run', 'device', 'torch', 'torchvision', 'numpy',
-               'python', 'autoattack', 'pyautoattack'}
+# may differ when a run is continued: where it lies and how it is watched, and the versions and names
+# of the machine
+NOT_THE_RUN = {'out', 'data_dir', 'resume', 'save_minutes', 'dry_run', 'device', 'torch', 'torchvision',
+               'numpy', 'python', 'autoattack', 'pyautoattack'}
 
 def name(args, defaults, hp=None):
-    """runs/..., with every flag in it that is not at its default; defaults: a function of the flag. hp: of a training
-    with --loss, its hyper-parameters, which stand there in any case."""
+    """runs/..., with every flag in it that is not at its default; defaults: a function of the flag. hp: of a
+    training with --loss, its hyper-parameters, which stand there in any case."""
     shown = {'loss', 'dataset', 'model', 'width', 'subset', 'seed', *(hp or ()), *NOT_THE_RUN}
     tags = [args.dataset, os.path.basename(args.model).replace('.py:', '-')]
     if args.width:
@@ -52,11 +53,14 @@ def name(args, defaults, hp=None):
     return f'runs/{text}' if args.seed is None else f'runs/{text}-s{args.seed}'
 
 def teacher_folder(args, defaults, only=None):
-    """Where train_teacher.py with these flags puts its run: a student looks there. only: the flags that count."""
+    """Where train_teacher.py with these flags puts its run: a student looks there. only: the flags
+    that count."""
     if only:
-        args = argparse.Namespace(dataset=args.dataset, model=args.model, width=args.width, subset=args.subset,
+        args = argparse.Namespace(dataset=args.dataset, model=args.model, width=args.width,
+                                  subset=args.subset,
                                   **{flag: getattr(args, flag) or None for flag in only})
-    text = name(argparse.Namespace(**dict(vars(args), seed=None)), lambda flag: None if flag == 'seed' else defaults(flag))
+    text = name(argparse.Namespace(**dict(vars(args), seed=None)),
+                lambda flag: None if flag == 'seed' else defaults(flag))
     seed = vars(args).get('seed', 0)
     return f'{text}-teacher' + (f'-s{seed}' if seed else '')
 
@@ -79,8 +83,8 @@ def environment(device):
     with contextlib.suppress(ImportError):                  # training does not need it
         package, version = autoattack.package()
         versions[package] = version
-    return dict(versions, torch=str(torch.__version__), device_type=device.type, python=platform.python_version(),
-                tf32=cuda and torch.backends.cudnn.allow_tf32,
+    return dict(versions, torch=str(torch.__version__), device_type=device.type,
+                python=platform.python_version(), tf32=cuda and torch.backends.cudnn.allow_tf32,
                 device=torch.cuda.get_device_name(device) if cuda else
                 f'CPU, {torch.get_num_threads()} threads')
 
@@ -107,17 +111,21 @@ def summary(config, net, notes=()):
     """The first thing on the screen: what will be trained, in five lines."""
     if config.get('extra'):
         labels = "the teacher's" if config['pseudo_labels'] else 'not needed'
-        notes = [*notes, f'{config["extra_fraction"]:.0%} of every batch from {config["extra"]}; their labels: {labels}']
+        notes = [*notes, f'{config["extra_fraction"]:.0%} of every batch from {config["extra"]}; '
+                 f'their labels: {labels}']
     hparams = ''.join(f' {as_flag(flag, value)}' for flag, value in config.get('hparams', {}).items())
     say(f'{config["loss"]}{hparams}; {attack(config)}',
-        f'data: {config["dataset"]}, {config["train_images"]} training images, augmentation {config["augment"]}; '
-        f'{config["val_images"]} more held out for selection; {config["classes"]} classes',
+        f'data: {config["dataset"]}, {config["train_images"]} training images, '
+        f'augmentation {config["augment"]}; {config["val_images"]} more held out for selection; '
+        f'{config["classes"]} classes',
         f'model: {config["model"]}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} million weights'
         + (f', width {config["width"]}' if config['width'] else ''),
-        f'optimiser: SGD, lr {config["lr"]:g}, {config["schedule"]}, weight decay {config["weight_decay"]:g}; '
+        f'optimiser: SGD, lr {config["lr"]:g}, {config["schedule"]}, '
+        f'weight decay {config["weight_decay"]:g}; '
         f'{config["epochs"]} epochs of batches of {config["batch_size"]}, seed {config["seed"]}',
         f'{config["precision"].replace("torch.", "")} on {config["device"]}'
-        + (', compiled: the first step takes a minute' if config['compile'] else '') + f'; folder {config["out"]}',
+        + (', compiled: the first step takes a minute' if config['compile'] else '')
+        + f'; folder {config["out"]}',
         *[note for note in notes if note])
 
 # the table's columns: how each is shown, and what it is
@@ -131,7 +139,8 @@ COLUMNS = {
     'peak_gib': ('.2f', 'most memory held so far, GiB'),
     'min_left': ('.1f', "minutes left, from the last epoch's time with its validation"),
 }
-TABLE_HELP = 'The table, a row per epoch: ' + '; '.join(f'{name}: {what}' for name, (_, what) in COLUMNS.items()) + '.'
+TABLE_HELP = ('The table, a row per epoch: '
+              + '; '.join(f'{name}: {what}' for name, (_, what) in COLUMNS.items()) + '.')
 
 def draw_curves(rows, path):
     """The training, a dict per epoch, as PNG: what tools/figures.py shows of several runs side by side."""

@@ -15,13 +15,13 @@ except ImportError:             # Windows: nobody warns of two runs in one folde
     fcntl = None
 
 class Refused(Exception):
-    """Wrong input. Its text is one line that says what to do; a script prints it and ends with status 2. Never raised
-    for a fault of our own, which keeps its traceback."""
+    """Wrong input. Its text is one line that says what to do; a script prints it and ends with status 2.
+    Never raised for a fault of our own, which keeps its traceback."""
 
 @contextlib.contextmanager
 def atomic(path):
-    """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any error, still the old
-    one."""
+    """with atomic(path) as tmp: write tmp. Afterwards path is the whole new file or, after any error, still
+    the old one."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     tmp = os.path.join(folder, f'.{os.path.basename(path)}.{secrets.token_hex(4)}.tmp')
@@ -39,7 +39,7 @@ def save(path, content):
     with atomic(path) as tmp, open(tmp, 'wb') as f:
         try:
             torch.save(content, f)
-        except RuntimeError as e:           # torch.save's word for a full disk; what the disk said is behind it
+        except RuntimeError as e:       # torch.save's word for a full disk; what the disk said is behind it
             if isinstance(e.__context__, OSError):
                 raise e.__context__
             raise OSError(errno.EIO, str(e)) from e
@@ -77,7 +77,8 @@ def out_of_memory(problem):
 # the screen
 
 def plain_output():
-    """A path that the terminal's encoding does not know is written with escapes instead of ending the script."""
+    """A path that the terminal's encoding does not know is written with escapes instead of
+    ending the script."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):          # a notebook's or pytest's may not have it
             stream.reconfigure(errors='backslashreplace')

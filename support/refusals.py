@@ -100,7 +100,8 @@ def radius(norm, radii, x):
     """Refuses radii, in pixels, beyond every image of the shape of x (B,...)."""
     most = 255 * farthest(x, norm)
     if max(radii) > most:
-        refuse(f'eps {max(radii):g}: in these images black is {most:.0f} from white, so that no {norm} radius is larger')
+        refuse(f'eps {max(radii):g}: in these images black is {most:.0f} from white, so that no {norm} '
+               'radius is larger')
 
 # -----------------------------------------------------------------------------
 # training
@@ -147,8 +148,8 @@ def takes_soft_targets(method, hp):
     return not torch.equal(hard, soft)
 
 def unused(args, default, without, *flags):
-    """Refuses flags that are not at their default, and would change nothing but the name of the run. default(name):
-    of a flag. without: why, in words."""
+    """Refuses flags that are not at their default, and would change nothing but the name of the run.
+    default(name): of a flag. without: why, in words."""
     for flag in flags:
         if getattr(args, flag) != default(flag):
             refuse(f'--{flag.replace("_", "-")} does nothing {without}: leave it out')
@@ -229,7 +230,8 @@ def training(args, method, hp, default, world=1):
         refuse(f'--recipe paper: none is recorded for {loss}; leave it out and set flags')
     if args.recipe == 'paper' and args.dataset == 'imagenet':
         refuse("--recipe paper: those recorded are for CIFAR; --dataset imagenet brings LTD's for ImageNet")
-    if args.recipe == 'paper' and 'step_size' in METHODS[loss].recipe and (args.norm, args.eps) != ('Linf', 8):
+    if (args.recipe == 'paper' and 'step_size' in METHODS[loss].recipe
+            and (args.norm, args.eps) != ('Linf', 8)):
         refuse(f"--recipe paper: {loss}'s steps are for --eps 8 in Linf: leave it out and set flags")
     if args.compile and os.environ.get('TORCHINDUCTOR_CUDAGRAPHS') == '1' and (
             args.amp == 'off' or args.accumulate > 1):

@@ -176,7 +176,8 @@ class Run:
                     buffers={k: [b.cpu() for b in module.buffers()] for k, module in modules.items()})
         ranks = ddp.gather(mine)
         if self.rank == 0:
-            whole = dict(config=self.config, shared=shared, ranks=ranks, rows=self.rows, seconds=self.seconds())
+            whole = dict(config=self.config, shared=shared, ranks=ranks, rows=self.rows,
+                         seconds=self.seconds())
             save(f'{self.folder}/state.pt', whole)
         self.saved_at = time.perf_counter()
 

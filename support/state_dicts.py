@@ -57,7 +57,8 @@ def read(path):
         if why:
             raise Refused(f'{path} {why}') from e
         if 'TorchScript' in str(e):
-            raise Refused(f'{path} is a TorchScript archive: save the state dict of the module it was made of') from e
+            raise Refused(f'{path} is a TorchScript archive: save the state dict of the module '
+                          'it was made of') from e
         if 'Unsupported' in str(e):
             raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
                           'save its state dict alone') from e

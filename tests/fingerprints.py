@@ -1,16 +1,16 @@
 """
-What every way of training leaves in the weights and BN statistics after a few steps: the same numbers before and after
-a change that should change nothing.
+What every way of training leaves in the weights and BN statistics after a few steps: the same numbers before
+and after a change that should change nothing.
 
 $ python tests/fingerprints.py                          # print them, two numbers for each
 $ python tests/fingerprints.py --json after.json        # ... and write them down
 $ python tests/fingerprints.py --compare before.json    # status 1 if a digest differs
 
-A digest is exact, and holds for one version of PyTorch and one instruction set: AVX2 here, also on a processor that has
-more. (With AVX-512 it rounds otherwise, and where a gradient is next to zero a pixel goes the other way.) `figures` are
-projections of the weights and of the statistics on fixed random directions, relative to their size: they hold, to a
-tolerance, for another version too, and tests/test_fingerprints.py compares them with the stored ones. On one thread, in
-fp32, on `synthetic`.
+A digest is exact, and holds for one version of PyTorch and one instruction set: AVX2 here, also on a
+processor that has more. (With AVX-512 it rounds otherwise, and where a gradient is next to zero a pixel goes
+the other way.) `figures` are projections of the weights and of the statistics on fixed random directions,
+relative to their size: they hold, to a tolerance, for another version too, and tests/test_fingerprints.py
+compares them with the stored ones. On one thread, in fp32, on `synthetic`.
 """
 import argparse
 import contextlib
@@ -36,10 +36,10 @@ TEACHER = '--teacher TEACHER'
 
 # name -> flags of train_adv.py. Every row of METHODS, and every option that acts on the training
 CASES = {
-    **{name: f'--loss {name}' for name in ('standard', 'als', 'pgd_at', 'nat_adv', 'advprop', 'alp', 'trades', 'mart',
-                                           'dkl', 'lbgat')},
-    **{name: f'--loss {name} {TEACHER}' for name in ('hat', 'softmax_kl', 'logit_mse', 'ltd', 'ard', 'iad1', 'rslad',
-                                                     'adaad')},
+    **{name: f'--loss {name}' for name in ('standard', 'als', 'pgd_at', 'nat_adv', 'advprop', 'alp', 'trades',
+                                           'mart', 'dkl', 'lbgat')},
+    **{name: f'--loss {name} {TEACHER}' for name in ('hat', 'softmax_kl', 'logit_mse', 'ltd', 'ard', 'iad1',
+                                                     'rslad', 'adaad')},
     **{name: f'--loss {name} {TEACHER} --standard-teacher TEACHER' for name in ('iad2', 'kd_swa')},
     'reverse': f'--loss softmax_kl --reverse {TEACHER}',
     'awp': '--loss trades --awp 0.01 --awp-warmup 0',
@@ -55,7 +55,8 @@ CASES = {
     'extra-labelled': f'--loss trades {TEACHER} --extra EXTRA',
     'warm-start': '--loss pgd_at --warm-start TEACHER',
     'warm-start-teacher': f'--loss logit_mse {TEACHER} --warm-start teacher',
-    **{f'bn-order-{order}': f'--loss trades --bn-order {order}' for order in ('nat-adv', 'adv-nat', 'nat', 'adv')},
+    **{f'bn-order-{order}': f'--loss trades --bn-order {order}'
+       for order in ('nat-adv', 'adv-nat', 'nat', 'adv')},
     'bn-order-hat': f'--loss hat {TEACHER} --bn-order adv-nat',
     'dual-bn': '--loss trades --dual-bn',
     'dual-bn-main': '--loss advprop --craft-branch main --eval-branch aux',
@@ -86,12 +87,14 @@ def fingerprint(path):
     weights = torch.load(path, weights_only=True)['state_dict']
     digest, figures, g = hashlib.sha256(), {}, torch.Generator().manual_seed(0)
     groups = {'weights': [k for k in weights if 'running' not in k and 'num_batches' not in k],
-              'means': [k for k in weights if 'running_mean' in k], 'vars': [k for k in weights if 'running_var' in k]}
+              'means': [k for k in weights if 'running_mean' in k],
+              'vars': [k for k in weights if 'running_var' in k]}
     for k, v in weights.items():
         digest.update(k.encode() + v.contiguous().numpy().tobytes())
     for group, names in groups.items():
         flat = torch.cat([weights[k].flatten().double() for k in names])
-        figures[group] = (flat @ torch.randn(len(flat), generator=g, dtype=torch.float64) / flat.norm()).item()
+        figures[group] = (flat @ torch.randn(len(flat), generator=g, dtype=torch.float64)
+                          / flat.norm()).item()
     return dict(digest=digest.hexdigest()[:16], **figures)
 
 def fingerprints(names=None):
@@ -99,19 +102,23 @@ def fingerprints(names=None):
     torch.set_num_threads(1)
     found = {}
     with tempfile.TemporaryDirectory() as tmp:
-        np.savez(f'{tmp}/extra.npz', x=np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8))
+        np.savez(f'{tmp}/extra.npz',
+                 x=np.random.default_rng(0).integers(0, 256, (70, 32, 32, 3), dtype=np.uint8))
         for name, flags in TEACHERS.items():
-            run('train_teacher.py', *BASE.replace('--steps 2 ', '').split(), *flags.split(), '--out', f'{tmp}/{name}')
+            run('train_teacher.py', *BASE.replace('--steps 2 ', '').split(), *flags.split(),
+                '--out', f'{tmp}/{name}')
             found[name] = fingerprint(f'{tmp}/{name}/last.pt')
         for name, flags in CASES.items():
             if names is None or name in names:
-                flags = flags.replace('TEACHER', f'{tmp}/teacher/last.pt').replace('EXTRA', f'{tmp}/extra.npz')
+                flags = flags.replace(
+                    'TEACHER', f'{tmp}/teacher/last.pt').replace('EXTRA', f'{tmp}/extra.npz')
                 run('train_adv.py', *BASE.split(), *flags.split(), '--out', f'{tmp}/{name}')
                 found[name] = fingerprint(f'{tmp}/{name}/last.pt')
     return found
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--json')
     parser.add_argument('--compare', metavar='JSON')
     parser.add_argument('--only', nargs='+', choices=CASES)

@@ -112,7 +112,8 @@ def test_fast_equals_plain(loss):
         assert torch.allclose(weights, weights2, rtol=1e-3, atol=1e-4), tricks
 
 def test_fast_is_what_train_adv_does(tmp_path):
-    train = run('train_adv.py', '--loss', 'trades', *TINY, *SMALL, '--epochs', 1, '--batch-size', 32, '--out', tmp_path)
+    train = run('train_adv.py', '--loss', 'trades', *TINY, *SMALL, '--epochs', 1, '--batch-size', 32,
+                '--out', tmp_path)
     s = setting('trades', init=train['args'].init)
     net, craft, _ = steps.ours(s, Tricks(once=True, frozen=True))
     train['student'].load_state_dict(net.state_dict())

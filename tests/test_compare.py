@@ -23,7 +23,8 @@ def write(tmp_path):
             results['clean'] = result('1' * 20)
         content = dict(dataset='d', images='first 20 of 99 test images', norm='Linf', eps_pixels=8,
                        complete=True, results=results, evaluated=dict(SETTINGS, **evaluated),
-                       checkpoint=f'{name}/best.pt', fingerprint='0', model=dict(num_classes=10), trained={}, args={})
+                       checkpoint=f'{name}/best.pt', fingerprint='0', model=dict(num_classes=10),
+                       trained={}, args={})
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(dict(content, **report)))
         return tmp_path / name

@@ -125,7 +125,8 @@ def test_steps_as_large_as_the_range_are_taken(tmp, tmp_path):
     """In proportion they, and the audit's, would be larger."""
     r = evaluate(*net(tmp), '--n', 8, '--eps', 140, '--step-size', 129, '--steps', 1, '--attacks', 'pgd',
                  '--sweep-eps', 8, 255, out=tmp_path / 'e.json')[1]
-    assert r['results']['pgd-1 at eps 255']['correct'] <= r['results']['pgd-1 at eps 8']['correct'] and r['audit']
+    assert (r['results']['pgd-1 at eps 255']['correct'] <= r['results']['pgd-1 at eps 8']['correct']
+            and r['audit'])
 
 def test_attacks_that_are_all_of_another_radius_have_no_row_of_all(tmp, tmp_path):
     r = evaluate(*net(tmp), '--n', 8, '--no-audit', '--attacks', 'weak', 'strong', out=tmp_path / 'e.json')[1]
@@ -286,11 +287,13 @@ def test_dry_run_says_what_would_be_done_and_writes_nothing(tmp, tmp_path, capsy
 def test_the_estimate_adds_up(monkeypatch):
     """Of 600 images 300 are right and 60 withstand; a gradient takes 0.1 s, an answer 0.01 s."""
     args = argparse.Namespace(n=600, attacks=['clean', 'pgd', 'autoattack'], steps=20, restarts=2,
-                              individual=False, transfer_from='t.pt', sweep_eps=[4.0], sweep_steps=[50], shard='0/1')
+                              individual=False, transfer_from='t.pt', sweep_eps=[4.0], sweep_steps=[50],
+                              shard='0/1')
     monkeypatch.setattr(estimate, 'measured', lambda *batch: (60, 0.1, 0.01, 0.5, 0.1))
     says = estimate.estimate(args, False, None, None, [0], [0])[1]
     aa = 300 * (101 * 0.1 + 10 * 0.01) / 60 + 60 * (1809 * 0.1 + 5968 * 0.01) / 60
-    shown = f'clean 0.1, pgd 20.0, autoattack {aa:.1f}, transfer 10.0, transfer-cw 10.0, eps 4 10.0, pgd-50 25.0'
+    shown = (f'clean 0.1, pgd 20.0, autoattack {aa:.1f}, transfer 10.0, transfer-cw 10.0, eps 4 10.0, '
+             'pgd-50 25.0')
     assert shown in says and f'about {1 + 0.1 + 20 + aa + 20 + 10 + 25:.1f} minutes' in says
 
 def test_the_name_of_a_report_tells_what_its_rows_depend_on():

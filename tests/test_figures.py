@@ -425,6 +425,6 @@ def test_code_that_a_report_names_runs_only_if_the_user_names_it(tmp_path):
     with pytest.raises(files.Refused, match='only if you name it: --model'):
         figures.draw(path)
     assert not (tmp_path / 'ran').exists()
-    with pytest.raises(files.Refused, match='is not what was evaluated'):       # it is run now, and another one
+    with pytest.raises(files.Refused, match='is not what was evaluated'):   # it is run now, and another one
         figures.draw(path, model=f'{code}:make')
     assert (tmp_path / 'ran').exists()

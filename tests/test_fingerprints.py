@@ -1,6 +1,7 @@
-"""Every way of training still leaves in the weights and BN statistics what it did. Another version of PyTorch may round
-differently, and where a gradient is next to zero a pixel then goes the other way, hence the tolerance. A change that is
-meant writes them anew: python tests/fingerprints.py --json tests/fingerprints.json"""
+"""Every way of training still leaves in the weights and BN statistics what it did. Another version of
+PyTorch may round differently, and where a gradient is next to zero a pixel then goes the other way, hence the
+tolerance. A change that is meant writes them anew:
+python tests/fingerprints.py --json tests/fingerprints.json"""
 import json
 import pathlib
 import platform
@@ -19,8 +20,8 @@ def apart(a, b):
 @pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='stored for AVX2')
 def test_every_way_of_training_leaves_what_it_did(tmp_path):
     # a process of its own: the instruction set is chosen when torch is loaded
-    done = subprocess.run([sys.executable, str(HERE / 'fingerprints.py'), '--json', str(tmp_path / 'found.json')],
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(HERE / 'fingerprints.py'),
+                           '--json', str(tmp_path / 'found.json')], capture_output=True, text=True)
     assert not done.returncode, done.stderr
     found = json.loads((tmp_path / 'found.json').read_text())
     assert found.keys() == STORED.keys()

@@ -35,17 +35,19 @@ def test_a_switch_that_is_on_by_default_can_be_turned_off(tmp_path, monkeypatch,
 @pytest.mark.parametrize('flags, width, activation', [
     ([], 8, 'softplus'), (['--guide-width', 4], 4, 'softplus'), (['--guide-model', 'wrn-10-1'], 16, 'relu'),
     (['--guide-model', 'wrn-10-1', '--guide-width', 8], 8, 'relu')])
-def test_the_guide_of_another_architecture_is_not_shaped_by_the_student_s_flags(flags, width, activation, tmp_path):
-    script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1, '--amp', 'off',
-                 '--activation', 'softplus', '--loss', 'lbgat', *flags, '--out', tmp_path)
+def test_the_guide_of_another_architecture_is_not_shaped_by_the_student_s_flags(flags, width, activation,
+                                                                                tmp_path):
+    script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1,
+                 '--amp', 'off', '--activation', 'softplus', '--loss', 'lbgat', *flags, '--out', tmp_path)
     config = script['guide'].config
     assert (config['width'] or 16, config['activation']) == (width, activation)
 
 def test_a_guide_of_one_s_own_code_goes_with_a_dataset_s_width(tmp_path):
     (tmp_path / 'net.py').write_text('import torch\nmake = lambda: torch.nn.Sequential(torch.nn.Flatten(), '
                                      'torch.nn.Linear(3072, 10))')
-    script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1, '--amp', 'off',
-                 '--loss', 'lbgat', '--guide-model', f'{tmp_path}/net.py:make', '--out', tmp_path / 'out')
+    script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1,
+                 '--amp', 'off', '--loss', 'lbgat', '--guide-model', f'{tmp_path}/net.py:make',
+                 '--out', tmp_path / 'out')
     assert script['args'].width == 8 and sum(p.numel() for p in script['guide'].parameters()) == 30730
 
 @pytest.mark.parametrize('script', ['train_adv.py', 'train_teacher.py'])

@@ -323,8 +323,8 @@ def test_a_malicious_pickle_is_called_one_and_not_run(zipped, protocol, net, tmp
     class Payload:
         def __reduce__(self):
             return os.system, (f'touch {tmp_path}/ran',)
-    torch.save({'state_dict': net.state_dict(), 'epoch': Payload()}, tmp_path / 'w.pt', pickle_protocol=protocol,
-               _use_new_zipfile_serialization=zipped)
+    torch.save({'state_dict': net.state_dict(), 'epoch': Payload()}, tmp_path / 'w.pt',
+               pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     with pytest.raises(Refused, match=f'would run {os.system.__module__}.system .*malicious') as e:
         checkpoint.read(tmp_path / 'w.pt')
     assert '\n' not in str(e.value) and not (tmp_path / 'ran').exists()

@@ -148,7 +148,8 @@ def test_what_was_judged_of_a_training_that_was_cut_is_judged_and_drawn_again(tm
 
 def test_where_nothing_can_be_compiled_the_rest_is_trained_without(tmp_path, monkeypatch, capsys):
     compiles = f'-c "{WRITE.replace("sys.argv[1:]", "sys.argv[1:2]")}; assert sys.argv[2:] == []" '
-    steps = [Step('rate-compile', compiles + '{dir}/runs/rate-compile/last.pt --compile', 'runs/rate-compile/last.pt', 1),
+    steps = [Step('rate-compile', compiles + '{dir}/runs/rate-compile/last.pt --compile',
+                  'runs/rate-compile/last.pt', 1),
              Step('teacher', compiles + '{dir}/runs/teacher/last.pt --compile', 'runs/teacher/last.pt', 1),
              Step('trades', compiles + '{dir}/runs/trades/last.pt --compile', 'runs/trades/last.pt', 1)]
     monkeypatch.setattr(gpu_day, 'steps_of', lambda args: steps)

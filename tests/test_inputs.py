@@ -25,7 +25,8 @@ def test_half_a_teacher_is_not_taken(tmp_path, monkeypatch):
 
 BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss trade', "invalid choice: 'trade'"),
-    ('train_adv.py', '--loss pgd_at --beta 2', 'unknown argument --beta: see --help; hyper-parameters of --loss pgd_at: none'),
+    ('train_adv.py', '--loss pgd_at --beta 2',
+     'unknown argument --beta: see --help; hyper-parameters of --loss pgd_at: none'),
     ('train_adv.py', '--loss trades --tau 2', 'of --loss trades: --beta'),
     ('train_adv.py', '--loss trades --bet 2', 'of --loss trades: --beta'),
     ('train_adv.py', '--model resnet19', "unknown model 'resnet19'; known: resnet18"),
@@ -68,7 +69,8 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss trades --free 2 --inner ce', '--free has no attack'),
     ('train_adv.py', '--loss pgd_at --free 2 --steps 50', '--steps does nothing with --free'),
     ('train_adv.py', '--loss pgd_at --smoothing 0.3', '--smoothing does nothing without --targets'),
-    ('train_adv.py', '--loss pgd_at --milestones 0.1 0.2', '--milestones does nothing with --schedule onecycle'),
+    ('train_adv.py', '--loss pgd_at --milestones 0.1 0.2',
+     '--milestones does nothing with --schedule onecycle'),
     ('train_teacher.py', '--milestones 0.1 0.2', '--milestones does nothing with --schedule onecycle'),
     ('train_adv.py', '--norm L2 --eps 20000', 'no L2 radius is larger'),
     ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --norm L2 --sweep-eps 20000', 'no L2 radius is larger'),
@@ -76,7 +78,8 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss pgd_at --extra-fraction 0.9', '--extra-fraction does nothing without --extra'),
     ('train_adv.py', '--loss pgd_at --teacher-model resnet34', 'which has no teacher: leave it out'),
     ('train_adv.py', '--loss lbgat --guide-model resnet99', "--guide-model: unknown model 'resnet99'"),
-    ('train_adv.py', '--loss lbgat --guide-model net.py:make --guide-width 77', '--guide-model net.py:make makes the whole network'),
+    ('train_adv.py', '--loss lbgat --guide-model net.py:make --guide-width 77',
+     '--guide-model net.py:make makes the whole network'),
     ('train_adv.py', '--loss als --targets als', 'no cross-entropy to a label'),
     ('train_adv.py', '--loss als --alpha 3', 'at most 1'),
     ('train_adv.py', '--loss ltd --tau 0', '--tau 0.0: a number, at least 0.001'),
@@ -159,7 +162,8 @@ def test_graphs_are_refused_where_they_would_overwrite_what_is_read_later(monkey
     monkeypatch.setenv('TORCHINDUCTOR_CUDAGRAPHS', '1')
     for flags in ['--amp', 'off'], ['--accumulate', 2]:
         with pytest.raises(SystemExit) as e:
-            run('train_adv.py', '--loss', 'trades', *TINY, '--width', 8, '--compile', *flags, '--out', tmp_path)
+            run('train_adv.py', '--loss', 'trades', *TINY, '--width', 8, '--compile', *flags,
+                '--out', tmp_path)
         err = capsys.readouterr().err
         assert e.value.code == 2 and 'TORCHINDUCTOR_CUDAGRAPHS=1' in err and err.count('\n') == 1
 

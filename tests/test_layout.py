@@ -36,11 +36,13 @@ def test_can_be_taken_alone(name, tmp_path):
     used = imported(HERE / f'{name}.py')
     assert 'argparse' not in used and used <= sys.stdlib_module_names | {'torch', 'torchvision', 'numpy'}
     shutil.copy(HERE / f'{name}.py', tmp_path)
-    done = subprocess.run([sys.executable, '-c', f'import {name}; print({name}.__file__)'], cwd=tmp_path, text=True,
-                          capture_output=True, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
+    done = subprocess.run([sys.executable, '-c', f'import {name}; print({name}.__file__)'], cwd=tmp_path,
+                          text=True, capture_output=True,
+                          env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'})
     assert pathlib.Path(done.stdout.strip()).parent == tmp_path, done.stderr
 
-@pytest.mark.parametrize('names', ['kl mse logit_mse', 'kl softmax_kl', 'kl ce trades', 'kl ce hard mart', 'ce hard climb_ce'])
+@pytest.mark.parametrize('names', ['kl mse logit_mse', 'kl softmax_kl', 'kl ce trades', 'kl ce hard mart',
+                                   'ce hard climb_ce'])
 def test_a_loss_can_be_pasted(names):
     """With what it calls, into a file that has torch and F."""
     there = dict(torch=torch, F=F)
@@ -50,14 +52,21 @@ def test_a_loss_can_be_pasted(names):
     given = {k: torch.arange(4) if k == 'y' else torch.randn(4, 10) for k in losses.needs(loss)}
     assert loss(**given).shape == (4,) and torch.equal(loss(**given), getattr(losses, loss.__name__)(**given))
 
+def test_lines_are_read_beside_each_other():
+    wide = [f'{path}:{k}' for path in HERE.glob('**/*.py') if '.venv' not in path.parts
+            for k, line in enumerate(path.read_text().split('\n'), 1) if len(line) > 110]
+    assert not wide
+
 def test_one_step_is_three_files():
-    """What happens in a step of training stands in train_adv.py, losses.py and attacks.py: of ours the step calls
-    nothing else but the average over processes and the two BN of a dual one."""
+    """What happens in a step of training stands in train_adv.py, losses.py and attacks.py: of ours the step
+    calls nothing else but the average over processes and the two BN of a dual one."""
     tree = ast.parse((HERE / 'train_adv.py').read_text())
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    modules = {'data', 'models', 'checkpoint', 'ddp', 'describe', 'files', 'refusals', 'runs', 'validation', 'run'}
+    modules = {'data', 'models', 'checkpoint', 'ddp', 'describe', 'files', 'refusals', 'runs', 'validation',
+               'run'}
     called = {f'{node.value.id}.{node.attr}' for name in
               ('logits_of', 'craft', 'student_logits', 'loss_on', 'awp', 'update', 'move_average')
               for node in ast.walk(functions[name])
-              if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules}
+              if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+              and node.value.id in modules}
     assert called == {'ddp.average'}

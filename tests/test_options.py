@@ -14,8 +14,8 @@ from test_smoke import HERE, README, TINY, X, Y, net, run, teacher          # ne
 
 def train(out, *flags, loss='trades', epochs=1):
     """In fp32, also where bf16 is native: what follows is compared with fp32."""
-    return run('train_adv.py', '--loss', loss, *TINY, '--steps', 1, '--epochs', epochs, '--amp', 'off', '--out', out,
-               *flags)
+    return run('train_adv.py', '--loss', loss, *TINY, '--steps', 1, '--epochs', epochs, '--amp', 'off',
+               '--out', out, *flags)
 
 def state(net):
     return {k: v.clone() for k, v in net.state_dict().items()}

@@ -272,7 +272,8 @@ def test_one_report_serves_best_and_last_of_the_same_weights(plan, tmp_path, mon
         checkpoint.save_checkpoint(str(folder / 'best.pt'), best)
         checkpoint.save_checkpoint(str(folder / 'last.pt'), last)
         for job in jobs.values():
-            assert reproduce.evaluate(plan, job, list(jobs.values())) is None and plans.is_evaluated(plan, job)
+            assert (reproduce.evaluate(plan, job, list(jobs.values())) is None
+                    and plans.is_evaluated(plan, job))
         return started
     one, other = models.build('resnet18', 10, width=4), models.build('resnet18', 10, width=4)
     assert judged(one, other) == [jobs['best'].product, jobs['last'].product]

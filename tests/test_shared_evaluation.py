@@ -1,4 +1,5 @@
-"""Evaluations that meet: one report started twice, shards that wait; and images, folders and names that are odd."""
+"""Evaluations that meet: one report started twice, shards that wait; and images, folders and names that
+are odd."""
 import json
 import os
 import subprocess
@@ -59,8 +60,8 @@ sys.stdin.read()
     ((0, 1), (0, 1), True), ((0, 2), (0, 2), True), ((0, 2), (0, 1), True), ((0, 1), (1, 2), True),
     ((0, 2), (1, 2), False)])
 def test_who_may_share_a_folder(held, second, refused, tmp_path):
-    holder = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path / 's'), *map(str, held)], cwd=HERE, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path / 's'), *map(str, held)], cwd=HERE,
+                              text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == 'held\n'
     if refused:
         with pytest.raises(Refused, match='at work on'):
@@ -98,7 +99,8 @@ def test_sorted_labels_are_noted_and_drawn(model, tmp_path):
     drawn = [run('evaluate.py', model, *flags, '--draw', '--seed', seed, '--out', tmp_path / f'{k}.json')
              for k, seed in enumerate((0, 0, 1))]
     assert len(drawn[0]['y_test'].unique()) > 5
-    assert torch.equal(drawn[0]['x_test'], drawn[1]['x_test']) and not torch.equal(drawn[0]['x_test'], drawn[2]['x_test'])
+    assert (torch.equal(drawn[0]['x_test'], drawn[1]['x_test'])
+            and not torch.equal(drawn[0]['x_test'], drawn[2]['x_test']))
     assert drawn[0]['evaluated']['images'] == drawn[1]['evaluated']['images'] != script['evaluated']['images']
     assert 'drawn with seed 1' in json.loads((tmp_path / '2.json').read_text())['images']
 
@@ -127,8 +129,8 @@ def test_transfer_from_another_architecture_and_trades_step(model, tmp_path, cap
     x, y = script['x_test'], script['y_test']
     with attack_mode(script['model']):
         torch.manual_seed(0)
-        expected = pgd(lambda z: torch.nn.functional.cross_entropy(script['model'](z), y, reduction='none'), x,
-                       eps=8 / 255, step_size=0.003, steps=20)
+        expected = pgd(lambda z: torch.nn.functional.cross_entropy(script['model'](z), y, reduction='none'),
+                       x, eps=8 / 255, step_size=0.003, steps=20)
         torch.manual_seed(0)
         assert torch.equal(script['attack_pgd_trades'](x, y), expected)
     assert 'does not fit' in refused(capsys, model, *FLAGS, *bare)          # its width is another
@@ -136,8 +138,8 @@ def test_transfer_from_another_architecture_and_trades_step(model, tmp_path, cap
 
 def test_the_audit_alone(model):
     def audit(*argv):
-        return subprocess.run([sys.executable, '-m', 'tools.audit', *map(str, argv)], cwd=HERE, capture_output=True,
-                              text=True)
+        return subprocess.run([sys.executable, '-m', 'tools.audit', *map(str, argv)], cwd=HERE,
+                              capture_output=True, text=True)
     from support.audit import NAMES
     done = audit(model, '--n', 40)
     lines = done.stdout.splitlines()

@@ -38,8 +38,8 @@ def started(command, **options):
     def heed():                     # what a shell starts in the background ignores Ctrl-C, and hands that on
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed,
-                            **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            preexec_fn=heed, **options)
 
 @pytest.fixture(scope='module')
 def undisturbed(teacher, tmp_path_factory):
@@ -135,7 +135,8 @@ def test_a_teacher_is_its_weights_wherever_the_file_lies(teacher, tmp_path):
     for finished_too in (False, True):
         done = subprocess.run([*command, str(tmp_path / 'c.pt'), '--resume'], capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.count('\n') == 1
-        assert ('holds a finished run with teacher' if finished_too else 'was started with teacher') in done.stderr
+        assert ('holds a finished run with teacher' if finished_too else
+                'was started with teacher') in done.stderr
         done = subprocess.run([*command, str(tmp_path / 'b.pt'), '--resume'], capture_output=True, text=True)
         assert done.returncode == 0 and ('nothing to resume' in done.stdout) == finished_too
 
@@ -147,7 +148,8 @@ def test_two_students_that_need_one_teacher(tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert sum('waiting for the one that another run trains' in text for text in shown) == 1
     assert sum('training it first' in text for text in shown) >= 1
-    known = [torch.load(path, weights_only=True)['teacher']['fingerprint'] for path in tmp_path.glob('runs/*-s?/last.pt')]
+    known = [torch.load(path, weights_only=True)['teacher']['fingerprint']
+             for path in tmp_path.glob('runs/*-s?/last.pt')]
     assert len(known) == 2 and known[0] == known[1]
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29517']
@@ -220,9 +222,9 @@ def test_a_sweep_with_resume_trains_every_radius_or_is_refused(tmp_path):
 def test_other_training_data_are_refused(tmp_path):
     x, y, u, v = data.synthetic()
     np.savez(tmp_path / 'mine.npz', x_train=x, y_train=y, x_test=u, y_test=v)
-    command = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'mine', '--data-dir', str(tmp_path), '--width',
-               '4', '--batch-size', '32', '--loss', 'pgd_at', '--epochs', '3', '--steps', '1', '--save-minutes', '0',
-               '--out', str(tmp_path / 'out')]
+    command = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'mine', '--data-dir', str(tmp_path),
+               '--width', '4', '--batch-size', '32', '--loss', 'pgd_at', '--epochs', '3', '--steps', '1',
+               '--save-minutes', '0', '--out', str(tmp_path / 'out')]
     process = started(command)
     begun(tmp_path / 'out', process)
     process.kill()
@@ -286,8 +288,8 @@ def test_other_signals_save_too(number, tmp_path):
 
 def test_a_closed_pipe_does_not_end_a_training(tmp_path):
     command = ' '.join([*ADV, str(tmp_path), '--loss', 'pgd_at'])
-    done = subprocess.run(['bash', '-c', f'{command} | head -1; exit ${{PIPESTATUS[0]}}'], capture_output=True,
-                          text=True)
+    done = subprocess.run(['bash', '-c', f'{command} | head -1; exit ${{PIPESTATUS[0]}}'],
+                          capture_output=True, text=True)
     assert done.returncode == 0 and 'Traceback' not in done.stderr and len(finished(tmp_path)[1]) == 3
 
 def test_a_thread_trains_without_signal_handlers(tmp_path):

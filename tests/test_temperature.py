@@ -116,7 +116,8 @@ def test_both_steps_once_and_without_the_test_set(tmp_path):
     search = search.replace('--threshold 10', '').replace('1 5', '5').replace('r/t.json', 'r/u.json')
     start(tmp_path, ['-m', 'tools.temperature'], search)
     stored = torch.load(tmp_path / 'runs/t/best.pt', weights_only=True)['val_clean']
-    assert json.loads((tmp_path / 'r/u.json').read_text())['threshold'] == pytest.approx(stored - temperature.DROP)
+    assert json.loads((tmp_path / 'r/u.json').read_text())['threshold'] == pytest.approx(
+        stored - temperature.DROP)
 
 def test_what_does_not_go_together(capsys):
     for argv, message in ((['--grid', '0.5'], 'at least 1'),

@@ -81,8 +81,8 @@ def trained(name, command, minutes, needs):
 def judged(name, of, flags, minutes, extra=False):
     """Of best.pt, also of a training that was cut."""
     best = f'runs/{of}/best.pt'
-    return Step(name, f'evaluate.py {{dir}}/{best} {flags} --out {{dir}}/{name}.json', f'{name}.json', minutes,
-                (best,), extra=extra)
+    return Step(name, f'evaluate.py {{dir}}/{best} {flags} --out {{dir}}/{name}.json', f'{name}.json',
+                minutes, (best,), extra=extra)
 
 FAST = '{part} --fast --attacks clean pgd autoattack'
 EAGER = '{part} --no-audit --attacks clean autoattack'
@@ -107,8 +107,8 @@ STEPS = [
          'bench-large.json', 3, extra=True),
     Step('tricks', f'{BENCH} --batch-size 128 --tricks --json {{dir}}/tricks.json',
          'tricks.json', 7, extra=True),
-    judged('logit_mse-whole', 'logit_mse', '--n 10000 --batch-size 1000 --fast --attacks clean pgd autoattack',
-           13, extra=True),
+    judged('logit_mse-whole', 'logit_mse',
+           '--n 10000 --batch-size 1000 --fast --attacks clean pgd autoattack', 13, extra=True),
     Step('tests-all', TESTS, 'tests-all.log', 10, statuses=(0, 1), extra=True)]
 
 # what a rehearsal leaves out: a CPU has no graphs, and of a command with other flags one will do
@@ -247,8 +247,8 @@ def in_order(args, plans, failed):
     return sorted(steps, key=begins_again)
 
 def may_be_eager(step, command, made):
-    """Is it a training that may have failed because nothing can be compiled here, before its first epoch ended?
-    Those that measure a way to compile are not asked."""
+    """Is it a training that may have failed because nothing can be compiled here, before its first epoch
+    ended? Those that measure a way to compile are not asked."""
     measures = step.name.startswith('rate-')
     return ' --compile' in command and not measures and not os.path.exists(f'{made}/best.pt')
 
@@ -356,8 +356,8 @@ def day(args):
     return not record['failed']
 
 def handle_signals():
-    """A signal stops the step at work, too. A script's shell has SIGINT ignored in what it puts in the background,
-    and in the children of that."""
+    """A signal stops the step at work, too. A script's shell has SIGINT ignored in what it puts in the
+    background, and in the children of that."""
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.default_int_handler)
 

@@ -169,7 +169,7 @@ def text_of(path):
 
 def log_of(folder):
     """The configuration and the epochs in its log, {} and [] without one."""
-    whole = text_of(f'{folder}/log.jsonl').split('\n')[:-1]        # a run at work may be writing the last line
+    whole = text_of(f'{folder}/log.jsonl').split('\n')[:-1]    # a run at work may be writing the last line
     rows = [json.loads(line) for line in whole]
     return (rows[0], rows[1:]) if rows else ({}, [])
 
@@ -212,8 +212,8 @@ def said(value):
     return [] if value is True else said([value])
 
 def is_evaluated(place, job, product=None):
-    """Is the report there, whole, with these flags, and of the weights that are there now? With product, that of
-    another job is looked at: best.pt may be last.pt."""
+    """Is the report there, whole, with these flags, and of the weights that are there now? With product, that
+    of another job is looked at: best.pt may be last.pt."""
     path = os.path.join(place.base, product or job.product)
     if not os.path.exists(path):
         return False

@@ -148,8 +148,8 @@ def swept(report):
 # what they are of
 
 def load_network(path, report, model=None):
-    """The network that was evaluated. model: FILE.py:FUNCTION of a network of one's own, whose code is not run
-    because a report names it. Raises Refused, also if path holds another one."""
+    """The network that was evaluated. model: FILE.py:FUNCTION of a network of one's own, whose code is not
+    run because a report names it. Raises Refused, also if path holds another one."""
     config = report['model']
     if '.py:' in config['name'] and not model:
         raise Refused(f'{path} is of a network of one\'s own, whose code is run only if you name it: '

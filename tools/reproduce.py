@@ -76,8 +76,8 @@ def train(place, job):
     return None
 
 def evaluate(place, job, others):
-    """Evaluates what is not evaluated yet. others: the row's other evaluations; the report of one of them serves
-    if best.pt is last.pt. -> None, or what is in the way, in words."""
+    """Evaluates what is not evaluated yet. others: the row's other evaluations; the report of one of them
+    serves if best.pt is last.pt. -> None, or what is in the way, in words."""
     path = os.path.join(place.base, job.product)
     if is_evaluated(place, job):
         return None

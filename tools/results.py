@@ -66,8 +66,8 @@ def images_of(runs, evaluation):
     return ''
 
 def hold_out(runs):
-    """Accuracy under PGD-20 of best.pt, with its epoch, and of last.pt; a teacher's is clean. Which epoch is best
-    the reports say: standard training chooses by clean accuracy, which this column does not show."""
+    """Accuracy under PGD-20 of best.pt, with its epoch, and of last.pt; a teacher's is clean. Which epoch is
+    best the reports say: standard training chooses by clean accuracy, which this column does not show."""
     key = 'val_pgd20' if 'val_pgd20' in runs[0].epochs[0] else 'val_clean'
     last = figure([run.epochs[-1][key] for run in runs]) + (', clean' if key == 'val_clean' else '')
     epochs = []
@@ -92,13 +92,14 @@ def notes_on(plan):
     if plan.table.budget is not None:
         notes.append(f'Every row: `python train_adv.py {plan.table.budget}` and its flags.')
     elif plan.scale == 'cpu':
-        notes.append(f'Scale cpu: {plan.dataset}, ResNet-18 of width {plan.width}, {epochs} epochs (a teacher: '
-                     f"{FIRST_EPOCHS}), one cycle to 0.2, whatever the paper has: not the paper's setting.")
+        notes.append(f'Scale cpu: {plan.dataset}, ResNet-18 of width {plan.width}, {epochs} epochs '
+                     f"(a teacher: {FIRST_EPOCHS}), one cycle to 0.2, whatever the paper has: not the "
+                     "paper's setting.")
     else:
         notes.append(f"Scale paper: {plan.dataset}, the paper's own settings.")
     if plan.scale:
-        notes.append('1,000 training images are held out. A test image counts as robust if it and its adversarial '
-                     'image are both right.')
+        notes.append('1,000 training images are held out. A test image counts as robust if it and its '
+                     'adversarial image are both right.')
     return [f'- {note}' for note in notes + list(plan.table.notes)]
 
 def markdown(plan, found):
@@ -131,7 +132,8 @@ def markdown(plan, found):
 # pictures
 
 def scatter(plan, found):
-    """Robust against clean accuracy, a panel for each of two attackers: a Figure. Full: ours; hollow: the paper's."""
+    """Robust against clean accuracy, a panel for each of two attackers: a Figure. Full: ours;
+    hollow: the paper's."""
     from support import drawing
     columns, colours = plan.table.columns, drawing.colours(len(found))
     figure, [panels] = drawing.sheet(f'{plan.table.title}; full: ours, hollow: the paper', 3.8, columns=2)

@@ -3,10 +3,10 @@ The papers' tables, as data for tools/reproduce.py: rows with their flags, and t
 print.
 
 A number is as printed, but for zeros at its end; None: the paper has none; '?': it stands in a picture that
-our copy of the paper lacks; '49.23 (2nd)': second-hand, read elsewhere and not in our copy. Papers: 1 Al-Najjar
-et al., "Adversarial Training without Hard Labels"; 2 Zi et al., "Revisiting Adversarial Robustness
-Distillation" (as a review tells it); 3 Dallaire & David, "Mixture of techniques"; 4 Chen & Lee, "LTD: Low
-Temperature Distillation".
+our copy of the paper lacks; '49.23 (2nd)': second-hand, read elsewhere and not in our copy. Papers:
+1 Al-Najjar et al., "Adversarial Training without Hard Labels"; 2 Zi et al., "Revisiting Adversarial
+Robustness Distillation" (as a review tells it); 3 Dallaire & David, "Mixture of techniques"; 4 Chen & Lee,
+"LTD: Low Temperature Distillation".
 """
 from typing import NamedTuple
 
@@ -179,9 +179,11 @@ P1_TABLE2 = Table(
         trades=((84.09, 50.26, 84.05, 49.97), (57.23, 23.83, 57.24, 23.72)),
         hat=((85.45, 49.68, 85.9, 49.14), (58.39, 23.78, 58.39, 23.77)),
         softmax_kl=((84.71, 49.46, None, None), (58.74, 23.56, None, None)),
-        logit_mse=((86.33, 50.56, 86.07, 50.63), (62.25, 24.20, 62.68, 24.16))), 'softmax_kl-reverse': REVERSE},
+        logit_mse=((86.33, 50.56, 86.07, 50.63), (62.25, 24.20, 62.68, 24.16))),
+          'softmax_kl-reverse': REVERSE},
     columns=BEST_AND_LAST, first=TEACHER, seeds=(0, 1, 2),
-    notes=(DIRECTION, HOLD_OUT, 'HAT: the paper states beta alone; gamma 0.5 is that of its authors for CIFAR-10.',
+    notes=(DIRECTION, HOLD_OUT,
+           'HAT: the paper states beta alone; gamma 0.5 is that of its authors for CIFAR-10.',
            'standard: that of seed 0 is the teacher of all others, and selected by clean accuracy.'))
 
 ABSENT = ((), ())
@@ -218,8 +220,8 @@ P2_NOTES = (
     'second-hand. The review says that the best RSLAD is 2.26 points ahead, and 51.49 - 49.23 is that.',
     "The paper's teacher is the released TRADES WRN-34-10; here one is trained, by TRADES' recipe. At scale "
     'cpu it is the row trades, no larger than the student.', 'PGD by TRADES: 20 steps of 0.003 of the range.',
-    'iad1: the review says "IAD" alone. ard and iad1 drop the rate twice, as in their papers; in the code that '
-    'the authors of this one say they ran, the second drop never happens.')
+    'iad1: the review says "IAD" alone. ard and iad1 drop the rate twice, as in their papers; in the code '
+    'that the authors of this one say they ran, the second drop never happens.')
 KNOWN = {
     'pgd_at': ('83.38 (2nd)', '45.83 (2nd)'), 'trades': ('?', '49.23 (2nd)'), 'ard': ('?', '49.19 (2nd)'),
     'iad1': ('?', '49.10 (2nd)'), 'rslad': ('83.38 (2nd)', '51.49 (2nd)'),
@@ -283,10 +285,11 @@ P3_COLUMNS = {
     'AutoAttack 8/255': ('last-8', AA, 'accuracy'),
 }
 P3_NOTES = (
-    'The paper states no optimiser, learning rate and batch (the defaults here), of the schedule "decreasing" '
-    '(a cosine at scale paper), no alpha of ALS (0.1) and no branch of BN for the attack of AdvProp (the '
-    'auxiliary one). The attack starts at x; the loss is the mean of the two cross-entropies. AutoAttack is not '
-    'in the paper; it attacks the hybrid activation (SAT) with the gradients of ReLU, FGSM and PGD with its own.',
+    'The paper states no optimiser, learning rate and batch (the defaults here), of the schedule '
+    '"decreasing" (a cosine at scale paper), no alpha of ALS (0.1) and no branch of BN for the attack of '
+    'AdvProp (the auxiliary one). The attack starts at x; the loss is the mean of the two cross-entropies. '
+    'AutoAttack is not in the paper; it attacks the hybrid activation (SAT) with the gradients of ReLU, FGSM '
+    'and PGD with its own.',
     'AdvProp is evaluated through its main BN, as in the paper.')
 P3 = dict(settings='--schedule cosine')
 
@@ -343,13 +346,14 @@ P4 = dict(settings=f'{WRN} --recipe paper', first={
 })
 P4_NOTES = ('The paper does not say whether its numbers are of the best epoch or of the last; they stand '
             'beside best. Nor does it state the step of the attack: 2/255 here. Section 4.2 says that the '
-            'attack uses y, equation 29 and its framework, TRADES, that it climbs the KL, as here; --inner ce '
-            'is the other reading. BN is in eval mode in the attack, as in the code of TRADES.',
-            "TRADES' 84.92 and 53.08 are of its authors' network, trained and attacked at 0.031, not at 8/255.")
-# Wu et al.'s own settings (their code), of which paper 4 states nothing. Of CIFAR-10 it quotes their TRADES-AWP,
-# which counts epochs from 1, and perturbs from epoch 10 on; of CIFAR-100 their AT-AWP
-TRADES_AWP = ('--epochs 200 --schedule step --lr 0.1 --milestones 0.495 0.745 --weight-decay 5e-4 --no-nesterov '
-              '--awp-warmup 0.045')
+            'attack uses y, equation 29 and its framework, TRADES, that it climbs the KL, as here; '
+            '--inner ce is the other reading. BN is in eval mode in the attack, as in the code of TRADES.',
+            "TRADES' 84.92 and 53.08 are of its authors' network, trained and attacked at 0.031, "
+            'not at 8/255.')
+# Wu et al.'s own settings (their code), of which paper 4 states nothing. Of CIFAR-10 it quotes their
+# TRADES-AWP, which counts epochs from 1, and perturbs from epoch 10 on; of CIFAR-100 their AT-AWP
+TRADES_AWP = ('--epochs 200 --schedule step --lr 0.1 --milestones 0.495 0.745 --weight-decay 5e-4 '
+              '--no-nesterov --awp-warmup 0.045')
 AT_AWP = ('--epochs 200 --schedule step --lr 0.1 --milestones 0.5 0.75 --weight-decay 5e-4 --no-nesterov '
           '--awp-warmup 0 --normalize --attack-bn moving')
 
@@ -373,10 +377,10 @@ P4_TABLE1 = Table(
     columns=BEST_AND_LAST, **P4,
     notes=(*P4_NOTES,
            "trades, awp, at-awp: the paper quotes their authors' networks, and so they have their authors' "
-           "settings here (but at-awp also rotates images); trades-same has LTD's, which tells the labels' part "
-           "from the settings'. On CIFAR-100 the paper's number of AWP is that of at-awp.",
-           'AWP of LTD: gamma and warm-up are not stated; 0.005, and from epoch 10 on, are those of the code it '
-           'builds on. The temperature on CIFAR-100 is not stated: 5 here.'))
+           "settings here (but at-awp also rotates images); trades-same has LTD's, which tells the labels' "
+           "part from the settings'. On CIFAR-100 the paper's number of AWP is that of at-awp.",
+           'AWP of LTD: gamma and warm-up are not stated; 0.005, and from epoch 10 on, are those of the code '
+           'it builds on. The temperature on CIFAR-100 is not stated: 5 here.'))
 P4_TABLE4 = Table(
     'Chen & Lee, table 4: TRADES + LTD after each of the attacks of AutoAttack',
     rows={'ltd': Row(f'--loss ltd --tau 5 {STANDARD}', {'cifar10': (85.63, 58.37, 55.09, 55.09, 55.09)})},
@@ -407,7 +411,8 @@ P4_TABLE6 = Table(
     rows={'trades': Row('--loss trades', {'cifar10': (84.92, 53.08, None, None)}), **COOL},
     columns=BEST_AND_LAST, **P4, epochs=10,
     notes=(*P4_NOTES, "The paper's clean accuracy at T=5 is 86.20 here and 85.63 in its tables 1 and 4, of "
-           'the same method. That at T=50 is perhaps of the first step of its search, on clean images alone.'))
+           'the same method. That at T=50 is perhaps of the first step of its search, '
+           'on clean images alone.'))
 
 TABLES = {
     'small': SMALL,
