@@ -155,7 +155,7 @@ def test_two_students_that_need_one_teacher(tmp_path):
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29517']
 # one update, no noise, and no sign of a gradient near zero: what differs is the order of the sums
 PLAIN = ['--loss', 'pgd_at', '--norm', 'L2', '--init', 'zero', '--epochs', '1', '--subset', '32',
-         '--lr', '0.01']
+         '--lr', '0.01', '--amp', 'off']
 
 @pytest.mark.parametrize('flags', [['--sync-bn'], []], ids=['sync-bn', 'local-bn'])
 def test_two_processes_are_one(flags, tmp_path):
