@@ -186,7 +186,8 @@ def attack_mode(model, bn='eval'):
         raise ValueError(f"bn is 'eval', 'train' or 'moving', not {bn!r}")
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    model.train(bn != 'eval').requires_grad_(False)
+    model.train(bn != 'eval')           # a train() of somebody's own may return nothing
+    model.requires_grad_(False)
     try:
         if bn == 'moving':
             yield

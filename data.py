@@ -93,8 +93,8 @@ def from_npz(path, classes):
         if y.dtype.kind not in 'iu' or y.shape != x.shape[:1]:
             raise Refused(f'{path}: y_{split} is {y.dtype} {y.shape}; '
                              f'labels are integers, one per image, here ({len(x)},)')
-        if len(y) < 2:
-            raise Refused(f'{path}: x_{split} holds {len(y)} images')
+        if len(y) < 2 or not x.size:
+            raise Refused(f'{path}: x_{split} holds {len(y)} images of {x.shape[1]} x {x.shape[2]} pixels')
         classes = classes or int(y.max()) + 1           # of the training labels, where nothing else says
         if y.min() < 0 or y.max() >= classes:
             raise Refused(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, '

@@ -105,7 +105,7 @@ x_test, y_test, which, digest = evaluation.images(args, d, device)
 refusals.radius(args.norm, [args.eps, *args.sweep_eps], x_test)
 notes = evaluation.remarks(args, meta, d, y_test)       # what a reader of the number should know
 args.batch_size = args.batch_size or data.at_once(50 if device.type == 'cpu' else 250, d.x_test)
-args.out = args.out or evaluation.report_path(args, model.config['dual_bn'])
+args.out = args.out or evaluation.report_path(args, model.build_args['dual_bn'])
 shards.unfinished(args.out, 'out')
 shards.unfinished(args.save_adv, 'save-adv')
 
@@ -271,7 +271,7 @@ def run_autoattack(parts, label):
 def save(complete):
     trained = {k: v for k, v in meta.items() if k not in ('config', 'weights')}
     report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), evaluated=evaluated,
-                  model=model.config, weights=meta['weights'], trained=trained, dataset=args.dataset,
+                  model=model.build_args, weights=meta['weights'], trained=trained, dataset=args.dataset,
                   images=which, norm=args.norm, eps=eps, eps_pixels=args.eps, results=results, notes=notes,
                   flags=flags, audit=audited, complete=complete, args=vars(args), precision='float32',
                   search=search, **environment(device))

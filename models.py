@@ -248,7 +248,7 @@ def build(name, num_classes, *, width=None, mean=None, std=None, activation='rel
             elif activation != 'relu' and type(child) is nn.ReLU:
                 setattr(module, key, Activation(activation))
     # what a checkpoint stores
-    net.config = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std,
+    net.build_args = dict(name=name, num_classes=num_classes, width=width, mean=mean, std=std,
                       activation=activation, dual_bn=dual_bn, channels=channels)
     return net
 

@@ -11,7 +11,6 @@ selection by PGD-20. support/ keeps a run alive; nothing in it is about the meth
 """
 import argparse
 import contextlib
-import copy
 import time
 
 import torch
@@ -164,7 +163,7 @@ if args.warm_start:
     checkpoint.warm_start(student, args, d)
 if args.sync_bn:
     ddp.sync_bn(student, guide)
-averaged = copy.deepcopy(student) if args.ema or args.swa else None
+averaged = checkpoint.copied(student) if args.ema or args.swa else None
 
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
 # The speed block. Without it all is the same, but slower. What is saved is `student`

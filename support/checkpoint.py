@@ -5,6 +5,7 @@ Checkpoints: what build() needs to make the network again, its weights, and what
     net, meta = load_checkpoint('other.pt', 'resnet18', 10)      # somebody else's: a bare state dict
     net, meta = load_checkpoint('other.pt', 'net.py:make', 10)   # of a network that make() in net.py returns
 """
+import copy
 import hashlib
 import math
 import os
@@ -16,7 +17,7 @@ import models
 from losses import METHODS
 from support import ddp, describe, files, state_dicts
 from support.files import Refused, save, say
-from support.foreign import from_file
+from support.foreign import from_file, try_out
 from support.state_dicts import read
 from support.validation import clean_and_pgd
 
@@ -24,11 +25,11 @@ def fingerprint(net):
     """sha256 of weights, normalisation and activation, 16 hex digits: the same function, the same
     fingerprint."""
     digest = hashlib.sha256()
-    if net.config['mean']:
-        digest.update(repr((net.config['mean'], net.config['std'])).encode())
-    if net.config['activation'] != 'relu':
-        digest.update(net.config['activation'].encode())
-    if net.config['name'] == 'preactresnet18-fast':         # the keys of another network
+    if net.build_args['mean']:
+        digest.update(repr((net.build_args['mean'], net.build_args['std'])).encode())
+    if net.build_args['activation'] != 'relu':
+        digest.update(net.build_args['activation'].encode())
+    if net.build_args['name'] == 'preactresnet18-fast':         # the keys of another network
         digest.update(b'fast')
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -38,13 +39,13 @@ def save_checkpoint(path, net, **meta):
     """The plain module's weights, on the CPU so that torch.load needs no GPU, what build() needs to make
     it again, and whatever the caller adds."""
     weights = {k: v.cpu() for k, v in net.state_dict().items()}
-    save(path, {'state_dict': weights, 'config': net.config, **meta})
+    save(path, {'state_dict': weights, 'config': net.build_args, **meta})
 
 def is_ours(ckpt):
     """Written by save_checkpoint: it says what to build."""
     config = isinstance(ckpt, dict) and ckpt.get('config')
     return (isinstance(config, dict) and set(config) >= {'name', 'num_classes', 'width', 'mean', 'std'}
-            and isinstance(config['name'], str))
+            and isinstance(config['name'], str) and isinstance(ckpt.get('run', {}), dict))
 
 def warm_start(student, args, d):
     """Load the weights that --warm-start names into student; an auxiliary BN that they lack starts as its
@@ -58,7 +59,7 @@ def warm_start(student, args, d):
             weights[key] = weights[twin]
     shapes = {key: tensor.shape for key, tensor in weights.items()}
     if (shapes != {key: tensor.shape for key, tensor in mine.items()}
-            or [net.config[k] for k in ('mean', 'std')] != [student.config[k] for k in ('mean', 'std')]):
+            or any(net.build_args[k] != student.build_args[k] for k in ('mean', 'std'))):
         raise Refused(f'--warm-start: {path} is another network than the student, or normalises its images '
                       'otherwise')
     student.load_state_dict(weights)
@@ -144,11 +145,20 @@ def build(name, d, flag='--model', **shape):
     try:
         if '.py:' in name:
             net = from_file(name, d.classes)
+            try_out(net, f'{flag} {name}', d.x_train.shape[1:])
         else:
             net = models.build(name, d.classes, channels=d.x_train.shape[-1], **shape)
     except ValueError as e:
         raise Refused(f'{flag}: {e}') from e
     return net.to(device, memory_format=models.layout(device))
+
+def copied(net):
+    """A copy of net, for --ema or --swa to average into. Raises Refused where PyTorch can make none."""
+    try:
+        return copy.deepcopy(net)
+    except Exception as e:                          # of a network of one's own: a lock in it, say
+        line = f'--ema and --swa need a copy of the network: {type(e).__name__}: {e}'.splitlines()[0]
+        raise Refused(line) from e
 
 # -----------------------------------------------------------------------------
 # teachers
@@ -178,7 +188,8 @@ def load_teachers(args, roles, d, device):
         if path:
             networks[role], known[role] = load_teacher(path, args, d, device)
         else:
-            networks[role] = build(args.model, d, width=args.width).eval().requires_grad_(False)
+            networks[role] = build(args.model, d, width=args.width).requires_grad_(False)
+            networks[role].eval()
     return networks, known
 
 def check_teachers(networks, known, args, d):

@@ -3,6 +3,7 @@ What evaluate.py and the audit need before they begin: what the checkpoint says 
 nothing, which flags do not go together, the network and the images.
 """
 import hashlib
+import math
 import os
 import re
 
@@ -88,7 +89,7 @@ def resolve(args, ckpt):
     architecture(args, ckpt)
     run = threat(args, ckpt)
     for value in args.sweep_eps:
-        if value and (value < 1 or args.norm == 'Linf' and value > 255):
+        if value != 0 and not 1 <= value <= (255 if args.norm == 'Linf' else math.inf):
             refuse(f'--sweep-eps {value:g}: eps is in pixels, 0 or 1 to 255 (L2: 255 times the usual radius)')
     if args.norm == 'L2' and {'weak', 'strong', 'pgd-trades'} & set(args.attacks):
         refuse('weak and strong are Linf attacks, and so is pgd-trades')
@@ -138,12 +139,12 @@ def networks(args, run, d, device):
 
     shape = dict(mean=args.mean, std=args.std, activation=args.activation or 'relu', channels=channels)
     model, meta = load_checkpoint(args.checkpoint, args.model, d.classes, width=args.width, **shape)
-    if args.branch and not model.config['dual_bn']:
+    if args.branch and not model.build_args['dual_bn']:
         refuse(f'--branch {args.branch}: {args.checkpoint} has no dual BN')
     args.branch = args.branch or run.get('eval_branch', 'main')
-    if args.activation and args.activation != model.config['activation']:
+    if args.activation and args.activation != model.build_args['activation']:
         weights = model.state_dict()
-        model = models.build(**dict(model.config, activation=args.activation)).eval()
+        model = models.build(**dict(model.build_args, activation=args.activation)).eval()
         model.load_state_dict(weights)
 
     source = None
@@ -164,7 +165,7 @@ def searched(args, model, device):
     if not args.compile:
         return model, False, 'float32, eager'
     words, faster = 'float32, compiled', model
-    if args.fast and '.py:' not in model.config['name']:        # of another network only its author knows
+    if args.fast and '.py:' not in model.build_args['name']:        # of another network only its author knows
         with bn_branch(model, args.branch):
             # the compiler chooses a layout itself only if all batches have one size, and here they shrink
             faster = models.folded(model).to(memory_format=models.layout(device))

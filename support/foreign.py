@@ -137,12 +137,47 @@ def from_file(spec, num_classes):
     def after(net, inputs, out):
         around.leave()
 
-    net.register_forward_pre_hook(before)
-    net.register_forward_hook(after, always_call=True)
-    net.register_forward_hook(lambda net, inputs, out: _logits(out, spec, num_classes))
-    net.config = dict(name=f'{file}:{function}', num_classes=num_classes, width=None, mean=None, std=None,
+    try:
+        net.register_forward_pre_hook(before)
+        net.register_forward_hook(after, always_call=True)
+        net.register_forward_hook(lambda net, inputs, out: _logits(out, spec, num_classes))
+    except RuntimeError as e:                       # of torch.jit
+        raise Refused(f'--model {spec} returns a {type(net).__name__}: return the module it was made of') from e
+    net.build_args = dict(name=f'{file}:{function}', num_classes=num_classes, width=None, mean=None, std=None,
                       activation='relu', dual_bn=False)
     return net
+
+def try_out(net, spec, shape):
+    """
+    Two images of shape (H, W, C) through net in eval mode, before anything is trained. Lazy layers are made
+    here: an optimiser asks for their parameters. Raises Refused, one line, for a network that cannot be
+    trained on such images, or cannot be saved.
+    """
+    height, width, channels = shape
+    x = torch.linspace(0, 1, 2 * channels * height * width).view(2, channels, height, width).requires_grad_()
+    training, keys = net.training, list(net.state_dict())
+    net.eval()
+    try:
+        logits = net(x)
+        with torch.no_grad():       # what it keeps of a forward is without a graph then, and can be copied
+            net(x)
+    except Refused:
+        raise
+    except Exception as e:
+        line = f'{spec} fails on images {tuple(x.shape)}: {type(e).__name__}: {e}'.splitlines()[0]
+        raise Refused(line) from e
+    net.train(training)
+    if not logits.requires_grad:
+        raise Refused(f'{spec}: its logits have no gradient at the images, so that nothing attacks it')
+    if not any(p.requires_grad for p in net.parameters()):
+        raise Refused(f'{spec} has no parameter to train: each is frozen, or there is none')
+    if list(net.state_dict()) != keys:
+        raise Refused(f'{spec} makes layers in its first forward, and its checkpoint would fit no new one: make '
+                      'them in __init__, as torch.nn.LazyLinear for instance')
+    for key, value in net.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise Refused(f'{spec}: {key} in its state dict is a {type(value).__name__}, and a checkpoint holds '
+                          'tensors')
 
 def _imported(file):
     name = os.path.splitext(os.path.basename(file))[0]

@@ -47,9 +47,11 @@ def numbers(args, low, high, *flags):
             upto = '' if high == math.inf else f' and at most {high:g}'
             refuse(f'--{flag.replace("_", "-")} {value}: a number, at least {low:g}{upto}')
 
-def seed(args):
-    if args.seed is not None and not 0 <= args.seed < 2 ** 63:
-        refuse(f'--seed {args.seed}: from 0 to 2^63 - 1')
+def seed(args, *flags):
+    for flag in ('seed', *flags):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value < 2 ** 63:
+            refuse(f'--{flag.replace("_", "-")} {value}: from 0 to 2^63 - 1')
 
 def model(name, flag='--model', **shape):
     """Refuses what models.build cannot build; somebody else's FILE.py:FUNCTION is looked at when it is
@@ -111,7 +113,7 @@ def optimisation(args, default, world=1):
     numbers(args, 0, 1e9, 'lr', 'weight_decay', 'save_minutes')
     numbers(args, 1, 1e9, 'epochs', 'accumulate', 'width', 'subset')
     numbers(args, 2, 1e9, 'batch_size')
-    seed(args)
+    seed(args, 'subset_seed')
     if args.subset_seed is not None and args.subset is None:
         refuse('--subset-seed draws the images of --subset: give both')
     if not all(0 < m < 1 for m in args.milestones):

@@ -14,6 +14,7 @@ import zipfile
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from support.files import Refused
 
@@ -151,8 +152,14 @@ def differences(weights, expected):
     wrong = [f'no {k}' for k in expected if k not in weights]
     wrong += [f'unknown {k}' for k in weights if k not in expected]
     for k, v in expected.items():
-        if k in weights and weights[k].shape != v.shape:
-            wrong.append(f'{k} is {tuple(weights[k].shape)}, not {tuple(v.shape)}')
+        if k not in weights:
+            continue
+        w = weights[k]
+        if not is_lazy(v) and w.shape != v.shape:
+            wrong.append(f'{k} is {tuple(w.shape)}, not {tuple(v.shape)}')
+        elif w.is_meta or w.is_quantized or w.layout is not torch.strided:
+            kind = 'without values' if w.is_meta else 'quantized' if w.is_quantized else 'sparse'
+            wrong.append(f'{k} is a tensor {kind}')
     return wrong
 
 def fitted(weights, expected):

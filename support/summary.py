@@ -71,9 +71,9 @@ def heading(args, model, meta, first, which, device):
     where = 'weights only, provenance unknown'
     if 'epoch' in meta:
         where = f'epoch {meta["epoch"]}, selected by {meta.get("selected_by")}'
-    if model.config['dual_bn']:
+    if model.build_args['dual_bn']:
         where += f'; {args.branch} BN'
-    return (f'{args.checkpoint} ({fingerprint(model)}): {model.config["name"]}, {where}',
+    return (f'{args.checkpoint} ({fingerprint(model)}): {model.build_args["name"]}, {where}',
             f'logits: norm {first["logit_norm"]:.2f}, margin {first["margin"]:.2f}, confidence '
             f'{first["confidence"]:.3f}; {first["zero_gradient"]:.1%} of the gradient is exactly zero',
             f'{args.dataset}, {"" if args.draw else "the "}{which}; {args.norm} eps {args.eps:g}/255 = '

@@ -39,7 +39,7 @@ def test_the_guide_of_another_architecture_is_not_shaped_by_the_student_s_flags(
                                                                                 tmp_path):
     script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1,
                  '--amp', 'off', '--activation', 'softplus', '--loss', 'lbgat', *flags, '--out', tmp_path)
-    config = script['guide'].config
+    config = script['guide'].build_args
     assert (config['width'] or 16, config['activation']) == (width, activation)
 
 def test_a_guide_of_one_s_own_code_goes_with_a_dataset_s_width(tmp_path):

@@ -106,6 +106,8 @@ BAD = [     # script, arguments, what the one line has to say
     ('evaluate.py', '{tmp}/ten.pt --dataset imagenet --data-dir {tmp}', 'should be a folder'),
     ('train_teacher.py', '--epochs 0', '--epochs 0: a number, at least 1'),
     ('train_teacher.py', '--lr nan', '--lr nan: a number, at least 0'),
+    ('train_adv.py', f'--loss trades --subset 9 --subset-seed {2 ** 64}', 'from 0 to 2^63 - 1'),
+    ('evaluate.py', '{tmp}/ten.pt --sweep-eps 2 nan', '--sweep-eps nan'),
     ('evaluate.py', '{tmp}/none.pt', 'No such file'),
     ('evaluate.py', '{tmp}/bare.pt', 'name their architecture with --model'),
     ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model resnet18', 'does not fit resnet18'),
@@ -233,6 +235,7 @@ BAD_NPZ = [
     (lambda a: a.update(y_test=a['y_test'] + 1), 'outside the classes 0 to 3'),
     (lambda a: a.update(y_train=a['y_train'] - 1), 'outside the classes'),
     (lambda a: a.update(y_train=a['y_train'] * 0 + 3, y_test=a['y_test'] * 0 + 3), 'are of one class'),
+    (lambda a: a.update(x_train=a['x_train'][:, :0], x_test=a['x_test'][:, :0]), 'images of 0 x 32 pixels'),
     (lambda a: a.update(y_train=a['y_train'].astype(object)), 'not an npz file of plain arrays'),
 ]
 

@@ -195,7 +195,7 @@ def test_a_hybrid_is_attacked_with_both_gradients(tmp_path):
     train(tmp_path, '--activation', 'hybrid')
     runs = [run('evaluate.py', tmp_path / 'last.pt', '--n', 16, '--attacks', 'fgsm', *flags)
             for flags in ([], ['--activation', 'relu'])]
-    assert [s['model'].config['activation'] for s in runs] == ['hybrid', 'relu']
+    assert [s['model'].build_args['activation'] for s in runs] == ['hybrid', 'relu']
     assert runs[0]['results']['clean']['correct'] == runs[1]['results']['clean']['correct']
     assert any('evaluated with relu' in note for note in runs[1]['notes'])
 

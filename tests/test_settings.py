@@ -54,7 +54,7 @@ def test_other_settings_train_and_evaluate(flags, teacher, tmp_path):
     script = run('evaluate.py', tmp_path / 'best.pt', '--n', 4, '--attacks', 'pgd')
     net, meta = checkpoint.load_checkpoint(tmp_path / 'last.pt')
     assert meta['norm'] == ('L2' if 'L2' in flags else 'Linf')
-    assert (net.config['mean'] is not None) == ('--normalize' in flags)
+    assert (net.build_args['mean'] is not None) == ('--normalize' in flags)
     assert script['args'].norm == meta['norm'] and script['args'].eps == (128 if 'L2' in flags else 8)
     assert not any('trained against' in note for note in script['notes'])
 

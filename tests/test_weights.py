@@ -97,6 +97,16 @@ def test_averaged_model_and_unknown_containers(net, tmp_path):
         with pytest.raises(Refused, match=says):
             load(tmp_path / 'w.pt', content)
 
+@pytest.mark.filterwarnings('ignore:.*quantized tensor creation')
+def test_tensors_that_hold_no_plain_numbers_are_named(net, tmp_path):
+    weights = net.state_dict()
+    quantized = torch.quantize_per_tensor(weights['linear.weight'], 0.1, 0, torch.qint8)
+    for tensor, says in ((weights['linear.weight'].to('meta'), 'without values'),
+                         (weights['linear.weight'].to_sparse(), 'sparse'),
+                         (quantized, 'quantized')):
+        with pytest.raises(Refused, match=f'linear.weight is a tensor {says}'):
+            load(tmp_path / 'w.pt', dict(weights, **{'linear.weight': tensor}))
+
 def test_pickle_protocols(net, tmp_path):
     for options in (dict(pickle_protocol=2), dict(_use_new_zipfile_serialization=False)):
         torch.save(net.state_dict(), tmp_path / 'w.pt', **options)
@@ -199,7 +209,7 @@ def test_grey_weights_by_name(tmp_path, capsys):
     assert script['x_test'].shape == (9, 1, 32, 32)
     standardised = [*flags, '--mean', 0.5, '--std', 0.2, '--out', tmp_path / 'e.json']
     script = run('evaluate.py', tmp_path / 'grey.pt', *standardised)
-    assert script['model'].config['mean'] == [0.5]
+    assert script['model'].build_args['mean'] == [0.5]
     for flags in (flags, [*flags, '--mean', 0.5, 0.5, 0.5, '--std', 0.2, 0.2, 0.2]):
         weights = tmp_path / ('grey.pt' if '--mean' in flags else 'colour.pt')
         capsys.readouterr()
@@ -221,7 +231,7 @@ def test_the_report_says_which_weights_were_taken(net, tmp_path):
 def test_a_config_that_is_damaged_or_of_another_version_is_one_line(net, tmp_path):
     for change, says in (({'name': 'resnet999'}, 'unknown model'), ({'width': 'x'}, 'w.pt: resnet18'),
                          ({"heads": 3}, "heads")):
-        content = dict(state_dict=net.state_dict(), config=dict(net.config, **change))
+        content = dict(state_dict=net.state_dict(), config=dict(net.build_args, **change))
         torch.save(content, tmp_path / 'w.pt')
         with pytest.raises(Refused, match=says) as e:
             checkpoint.load_checkpoint(tmp_path / 'w.pt')

@@ -235,5 +235,5 @@ def is_evaluated(place, job, product=None):
             return False
     net, _ = checkpoint.load_checkpoint(os.path.join(place.base, shlex.split(job.command)[1]))
     if 'activation' in asked:
-        net.config = dict(net.config, activation=asked['activation'][0])
+        net.build_args = dict(net.build_args, activation=asked['activation'][0])
     return report['fingerprint'] == checkpoint.fingerprint(net)

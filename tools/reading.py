@@ -157,9 +157,9 @@ def load_network(path, report, model=None):
     options = {k: config[k] for k in ('width', 'mean', 'std', 'activation') if k in config}
     name = model if '.py:' in config['name'] else config['name']
     net, _ = load_checkpoint(path, name, config['num_classes'], **options)
-    if options.get('activation', net.config['activation']) != net.config['activation']:
+    if options.get('activation', net.build_args['activation']) != net.build_args['activation']:
         weights = net.state_dict()                              # evaluate.py --activation
-        net = models.build(**dict(net.config, activation=options['activation'])).eval()
+        net = models.build(**dict(net.build_args, activation=options['activation'])).eval()
         net.load_state_dict(weights)
     if fingerprint(net) != report['fingerprint']:
         raise Refused(f'{path} is not what was evaluated (fingerprint {fingerprint(net)}, in the report '
