@@ -142,7 +142,8 @@ def from_file(spec, num_classes):
         net.register_forward_hook(after, always_call=True)
         net.register_forward_hook(lambda net, inputs, out: _logits(out, spec, num_classes))
     except RuntimeError as e:                       # of torch.jit
-        raise Refused(f'--model {spec} returns a {type(net).__name__}: return the module it was made of') from e
+        kind = type(net).__name__
+        raise Refused(f'--model {spec} returns a {kind}: return the module it was made of') from e
     net.build_args = dict(name=f'{file}:{function}', num_classes=num_classes, width=None, mean=None, std=None,
                       activation='relu', dual_bn=False)
     return net
@@ -172,12 +173,12 @@ def try_out(net, spec, shape):
     if not any(p.requires_grad for p in net.parameters()):
         raise Refused(f'{spec} has no parameter to train: each is frozen, or there is none')
     if list(net.state_dict()) != keys:
-        raise Refused(f'{spec} makes layers in its first forward, and its checkpoint would fit no new one: make '
-                      'them in __init__, as torch.nn.LazyLinear for instance')
+        raise Refused(f'{spec} makes layers in its first forward, and its checkpoint would fit no new one: '
+                      'make them in __init__, as torch.nn.LazyLinear for instance')
     for key, value in net.state_dict().items():
         if not isinstance(value, torch.Tensor):
-            raise Refused(f'{spec}: {key} in its state dict is a {type(value).__name__}, and a checkpoint holds '
-                          'tensors')
+            raise Refused(f'{spec}: {key} in its state dict is a {type(value).__name__}, and a checkpoint '
+                          'holds tensors')
 
 def _imported(file):
     name = os.path.splitext(os.path.basename(file))[0]

@@ -286,8 +286,8 @@ def test_it_is_trained_averaged_and_evaluated(name, to_train, tmp_path):
     ('Locked', '--ema and --swa need a copy of the network: TypeError')])
 def test_or_one_line_says_why_it_cannot_be_before_anything_is_written(name, says, to_train, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
-        run('train_adv.py', '--dataset', 'synthetic', '--model', f'{to_train}/net.py:{name}', '--loss', 'trades',
-            '--subset', 64, '--epochs', 1, '--ema', 0.9, '--out', tmp_path / 'run')
+        run('train_adv.py', '--dataset', 'synthetic', '--model', f'{to_train}/net.py:{name}', '--epochs', 1,
+            '--loss', 'trades', '--subset', 64, '--ema', 0.9, '--out', tmp_path / 'run')
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count('\n') == 1 and says in err and not list(tmp_path.glob('run/*.pt'))
 

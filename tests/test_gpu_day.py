@@ -16,6 +16,7 @@ import torch
 
 import models
 from support import checkpoint, runs
+from support.files import Refused
 from test_smoke import HERE
 from tools import gpu_day
 from tools.gpu_day import Step
@@ -50,6 +51,9 @@ def test_weights_come_back_in_pieces_and_are_joined(tmp_path, monkeypatch):
     assert meta['epoch'] == 3
     for k, v in net.state_dict().items():
         assert torch.allclose(joined.state_dict()[k], v, rtol=1e-3, atol=1e-6)
+    torch.save(meta, tmp_path / 'whole-1.pt')
+    with pytest.raises(Refused, match='whole-1.pt is no piece'):
+        gpu_day.join(tmp_path / 'whole')
 
 def run_with(rate):
     """The log of a run over 100 images, at 100 images a second and rate seconds an epoch."""

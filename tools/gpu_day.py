@@ -210,6 +210,8 @@ def split(path, start):
 def join(start):
     """start-1.pt and so on -> start.pt, a checkpoint in fp32. Raises Refused."""
     first = checkpoint.read(f'{start}-1.pt')
+    if not isinstance(first, dict) or 'pieces' not in first:
+        raise Refused(f'{start}-1.pt is no piece that this tool has written')
     for k in range(2, first.pop('pieces') + 1):
         first['state_dict'].update(checkpoint.read(f'{start}-{k}.pt')['state_dict'])
     del first['piece']
