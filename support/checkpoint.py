@@ -144,8 +144,8 @@ def build(name, d, flag='--model', **shape):
     device = d.y_train.device
     try:
         if '.py:' in name:
-            net = from_file(name, d.classes)
-            try_out(net, f'{flag} {name}', d.x_train.shape[1:])
+            net = from_file(name, d.classes).to(device)
+            try_out(net, f'{flag} {name}', d.x_train.shape[1:], device)
         else:
             net = models.build(name, d.classes, channels=d.x_train.shape[-1], **shape)
     except ValueError as e:

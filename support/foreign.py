@@ -148,14 +148,15 @@ def from_file(spec, num_classes):
                       activation='relu', dual_bn=False)
     return net
 
-def try_out(net, spec, shape):
+def try_out(net, spec, shape, device):
     """
     Two images of shape (H, W, C) through net in eval mode, before anything is trained. Lazy layers are made
     here: an optimiser asks for their parameters. Raises Refused, one line, for a network that cannot be
     trained on such images, or cannot be saved.
     """
     height, width, channels = shape
-    x = torch.linspace(0, 1, 2 * channels * height * width).view(2, channels, height, width).requires_grad_()
+    x = torch.linspace(0, 1, 2 * channels * height * width, device=device)
+    x = x.view(2, channels, height, width).requires_grad_()
     training, keys = net.training, list(net.state_dict())
     net.eval()
     try:
