@@ -65,8 +65,9 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     -> (B,) within the ball of radius eps around x (B,...), and within [0, 1]. eps: in units of [0, 1], one
     number or one per image (B,). step_size: likewise, a number or a tensor; or a list of one per step.
     norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts,
-    each image's best; fp32, detached. Keep x in fp32: bf16 has a spacing of 1/256 near 1, an eighth of eps.
-    Raises ValueError, also for images outside [0, 1], if they are on a CPU.
+    each image's best; of x's dtype, detached. Raises ValueError for x in half precision, which near 1 has a
+    spacing of up to 1/256, an eighth of eps, and for images outside [0, 1]; on a GPU, where asking would wait
+    in every batch, x_adv is NaN then.
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
@@ -74,9 +75,12 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
         raise ValueError(f'steps {steps}, restarts {restarts}: at least 0 steps and one start')
     if not x.is_floating_point():
         raise ValueError(f'x is {x.dtype}: images are floats in [0, 1], so divide by 255')
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f'x is {x.dtype}, too coarse for eps: keep images in fp32, and autocast the network')
     if len(x) == 0:
         return x.detach().clone()
-    if not x.is_cuda and not (0 <= x.min() and x.max() <= 1):      # on a GPU it would wait in every batch
+    outside = ~((0 <= x) & (x <= 1)).all()
+    if not x.is_cuda and outside:
         raise ValueError(f'x is in [{x.min():g}, {x.max():g}]: images are in [0, 1], and what standardises '
                          'them is a layer of the model')
     if isinstance(step_size, (numbers.Real, torch.Tensor)):
@@ -86,6 +90,8 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     if len(sizes) != steps:
         raise ValueError(f'{len(sizes)} step sizes for {steps} steps')
     x = x.clone() if x.is_inference() else x.detach()       # an inference tensor takes no part in autograd
+    if x.is_cuda:
+        x = torch.where(outside, torch.nan, x)
     eps, best = per_image(eps, x), None
     check_units('eps', eps, x, norm)
     for size in set(sizes):
@@ -104,7 +110,8 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
             if norm == 'Linf':
                 x_adv = x_adv + step_size * grad.sign()
                 x_adv = torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
-            else:
+            else:       # the squares of a confident network's gradient would underflow
+                grad = grad / per_image(grad.flatten(1).abs().amax(1).clamp_min(1e-38), x)
                 d = x_adv + step_size * grad / norms(grad) - x
                 x_adv = (x + d * (eps / norms(d)).clamp_max(1)).clamp(0, 1)
         if restarts == 1:
@@ -120,9 +127,9 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
 def scaled(objective, scale):
     """
     objective, for a network in fp16: the same values (B,), but their gradient is multiplied by scale on its
-    way through the network, since that of a confident logit would round to zero there. Where it overflows all
-    the same, which GradScaler sees in the gradients of weights only, the pixel rests for this step and its
-    image has a sixteenth of the scale in the next.
+    way through the network, since that of a confident logit would round to zero there. An overflow, which
+    GradScaler would see in the gradients of weights only, becomes a zero for this step, and the scale of its
+    image is divided by 16.
     """
     scales = None
 
@@ -179,8 +186,8 @@ def attack_mode(model, bn='eval'):
     For the time of an attack: parameters frozen (a compiled backward would otherwise compute their gradients
     in every step), and BN in 'eval' mode, its running statistics; in 'train' mode, the statistics of the
     attacked batch, while the running ones stay; or 'moving': in train mode, and every step moves the running
-    statistics too (Madry, Rice, ARD, IAD, Wong). Modes and flags are restored after. Raises ValueError for
-    another bn.
+    statistics too (Madry, Rice, ARD, IAD, Wong). Train mode is the whole model's, dropout's too. Modes and
+    flags are restored after. Raises ValueError for another bn.
     """
     if bn not in ('eval', 'train', 'moving'):
         raise ValueError(f"bn is 'eval', 'train' or 'moving', not {bn!r}")
@@ -206,12 +213,14 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     Wu et al. 2020, "Adversarial Weight Perturbation Helps Robust Generalization" (AWP). For the time of the
     block every convolution's and every linear weight w is w + gamma |w| d / |d|, d the gradient of
     objective() -> scalar, one step uphill; norm layers, biases and frozen weights stay. Afterwards the
-    weights are back, bit for bit. average(gradients): in place, over several processes. (The authors step
-    before they subtract: their weight decay also acts on the perturbation.)
+    weights are back, bit for bit: optimizer.step() belongs behind the block, and raises RuntimeError within.
+    (The authors step before they subtract: their weight decay also acts on the perturbation.) objective runs
+    in the model's own mode: in frozen_statistics, if BN is to stay. average(gradients): in place, over
+    several processes. Raises ValueError where no weight is used.
     """
     weights = [p for name, p in model.named_parameters()
                if p.dim() > 1 and 'weight' in name and p.requires_grad]
-    gradients = torch.autograd.grad(objective(), weights, allow_unused=True)
+    gradients = torch.autograd.grad(objective(), weights, allow_unused=True) if weights else []
     weights = [w for w, d in zip(weights, gradients) if d is not None]
     if not weights:
         raise ValueError("no convolution's and no linear weight takes part in the objective")
@@ -223,8 +232,11 @@ def weights_perturbed(model, objective, *, gamma, average=None):
         for w, d in zip(weights, gradients):
             step = d * (gamma * w.norm() / (d.norm() + 1e-20))
             w.add_(torch.where(step.isfinite(), step, 0.0))     # in fp16 d may overflow: no step
+    versions = [w._version for w in weights]
     try:
         yield
+        if versions != [w._version for w in weights]:
+            raise RuntimeError('optimizer.step() belongs behind the block, which puts the weights back')
     finally:
         with torch.no_grad():
             for w, value in zip(weights, saved):

@@ -7,7 +7,7 @@ Datasets as uint8 tensors on the device, and batches of fp32 images in [0, 1] cu
 
 DIR/NAME.npz holds x_train y_train x_test y_test: images uint8 (N,H,W,3) or grey (N,H,W), labels integer
 (N,). Anybody's data works this way. Without the file: cifar10 and cifar100 are downloaded, digits comes
-with scikit-learn, synthetic is generated. imagenet is class folders of files (imagenet.py).
+with scikit-learn, synthetic is generated. imagenet is class folders of files (support/imagenet.py).
 """
 import hashlib
 import os
@@ -62,11 +62,16 @@ class Dataset(NamedTuple):
         """mean, std: a float per channel, of the training images in [0, 1]."""
         if isinstance(self.x_train, Files):
             return imagenet.MEAN, imagenet.STD
-        x = self.x_train.cpu().reshape(-1, self.x_train.shape[-1])
-        x = x.double() / 255                        # eight times its size: not on a GPU
-        if not x.std(0).all():
+        value = torch.arange(256, dtype=torch.float64) / 255
+        mean, std = [], []
+        for channel in self.x_train.cpu().unbind(-1):
+            count = channel.flatten().bincount(minlength=256).double()      # how often each value is there
+            n = count.sum()
+            mean.append((count @ value / n).item())
+            std.append((count @ (value - mean[-1]).square() / (n - 1)).sqrt().item())
+        if not all(std):
             raise Refused('--normalize: a channel is the same in all training images')
-        return x.mean(0).tolist(), x.std(0).tolist()
+        return mean, std
 
 # -----------------------------------------------------------------------------
 # sources: each returns x_train, y_train, x_test, y_test as numpy arrays

@@ -9,7 +9,7 @@ Adversarial-training losses. Every loss is a pure function of what it names, and
     logits_adv        student on x_adv                          (B, K)
     logits_helper     student on x + h (x_adv - x)              (B, K)   HAT
     t_logits          frozen teacher on x                       (B, K)   no gradient
-    t_logits_adv      frozen teacher on x_adv                   (B, K)   no gradient, but in an attack
+    t_logits_adv      frozen teacher on x_adv                   (B, K)   no gradient, except in an attack
     s_logits_adv      second teacher, a standard one, on x_adv  (B, K)   no gradient
     guide_logits      network trained along, on x               (B, K)   carries a gradient; LBGAT
     class_p           mean softmax of the student over y's class,
@@ -33,8 +33,9 @@ def kl(q_logits, p_logits):
     """KL(p || q), p the target, (B,). Gradient flows into both."""
     # log_target: the form with probabilities has NaN gradients where a confident p
     # underflows (TRADES issue 30)
-    return F.kl_div(F.log_softmax(q_logits, 1), F.log_softmax(p_logits, 1),
-                    reduction='none', log_target=True).sum(1)
+    log_q, log_p = [F.log_softmax(z, 1, dtype=torch.promote_types(z.dtype, torch.float32))
+                    for z in (q_logits, p_logits)]          # of half-precision logits it could be negative
+    return F.kl_div(log_q, log_p, reduction='none', log_target=True).sum(1)
 
 def mse(a, b):
     """Mean over the classes of (a - b)^2, (B,)."""
@@ -303,7 +304,7 @@ METHODS = {
                       awp=0.005, awp_warmup=9 / 200, ema=0.9 ** (1 / 390), bn_order='adv-nat')),
     # without their first epoch at a tenth of the rate
     'lbgat':      Method(lbgat,      climb_kl,  BESIDE, recipe=dict(
-                      STEPWISE, epochs=100, milestones=[0.75, 0.9])),
+                      STEPWISE, epochs=100, milestones=[0.75, 0.9], bn_order='adv-nat')),
     'softmax_kl': Method(softmax_kl, climb_kl,  BESIDE, 'standard', recipe={}),
     'logit_mse':  Method(logit_mse,  climb_mse, BESIDE, 'standard', recipe={}, fp16_scale=2.0 ** 4),
     'ltd':        Method(ltd,        climb_kl,  BESIDE, 'standard', recipe=dict(
@@ -311,13 +312,14 @@ METHODS = {
                       milestones=[0.6667, 0.8333])),
     # ARD's and IAD's code forgets its second drop of the rate; the papers have it. It attacks in train mode
     'ard':        Method(ard,        climb_ce,  {}, 'robust', shares=('alpha',), recipe=dict(
-                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving')),
+                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving', bn_order='adv-nat')),
     'iad1':       Method(iad1,       climb_ce,  {}, 'robust', recipe=dict(
-                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving')),
+                      STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving', bn_order='adv-nat')),
     'iad2':       Method(iad2,       climb_ce,  {}, 'robust', shares=('alpha', 'gamma'), recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving')),
     'rslad':      Method(rslad,      climb_teacher, BESIDE, 'robust', shares=('alpha',), recipe=dict(
-                      STEPWISE, epochs=300, milestones=[215 / 300, 260 / 300, 285 / 300])),
+                      STEPWISE, epochs=300, milestones=[215 / 300, 260 / 300, 285 / 300],
+                      bn_order='adv-nat')),
     'adaad':      Method(adaad,      climb_both, BESIDE, 'robust', shares=('alpha',), recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], weight_decay=5e-4)),
     # their code: images standardised in the network, the attack in train mode, an average from epoch 56 on

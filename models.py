@@ -232,9 +232,13 @@ def build(name, num_classes, *, width=None, mean=None, std=None, activation='rel
     """name: see NAMES. width: channels of the first layer, None for the paper's. mean, std: a float per
     channel, in units of [0, 1]; None for no normalisation. activation: see ACTIVATIONS. dual_bn: every BN has
     an auxiliary twin, see bn_branch. channels: of the images, 1 for grey. Raises ValueError for an unknown
-    name."""
+    name, and for one of mean and std alone."""
     if width is not None and width < 1:
         raise ValueError(f'width {width}: the first layer needs at least one channel')
+    if (mean is None) != (std is None):
+        raise ValueError('mean and std: both, or neither')
+    if mean is not None:                                # tensors and arrays, too
+        mean, std = [float(m) for m in mean], [float(s) for s in std]
     net = _network(name, num_classes, Normalize(mean, std) if mean else None,
                    channels, {'width': width} if width else {})
     if activation not in ACTIVATIONS:
@@ -265,7 +269,9 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 @contextmanager
 def bn_branch(net, name):
     """For the time of the block net normalises with its 'main' or its 'aux' BN; None: as before the block.
-    Without dual BN: no effect."""
+    Without dual BN: no effect. Raises ValueError for another name."""
+    if name not in ('main', 'aux', None):
+        raise ValueError(f"the branch is 'main' or 'aux', not {name!r}")
     layers = [m for m in net.modules() if isinstance(m, DualBatchNorm2d)]
     before = [m.auxiliary for m in layers]
     for m in layers:

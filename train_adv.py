@@ -7,7 +7,7 @@ $ torchrun --nproc-per-node 8 train_adv.py --loss trades --batch-size 1024 --lr 
 
 The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight
 decay 5e-4, one cycle, cosine up to 0.2 and down to 0, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255,
-selection by PGD-20. support/ keeps a run alive; nothing in it is about the method.
+selection by PGD-20. support/ keeps a run alive; nothing of the training step is in it.
 """
 import argparse
 import contextlib
@@ -50,7 +50,7 @@ arg('--steps', type=int, default=10)
 arg('--norm', default='Linf', choices=['Linf', 'L2'])
 arg('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='TRADES and kin: normal')
 arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
-    help="BN's statistics in the attack: running; the batch's; these, and the running ones move")
+    help="BN in the attack: running statistics; the batch's; the batch's, and the running ones move")
 arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
 arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
 arg('--free', type=int, default=0, metavar='M', help='M updates per batch, no PGD; divide --epochs by M')
@@ -77,7 +77,7 @@ arg('--warm-start', metavar='PT', help="start from these weights; 'teacher': fro
 arg = parser.add_argument_group('optimisation').add_argument
 arg('--epochs', type=int, default=100)
 arg('--batch-size', type=int, default=128, help='of all processes together')
-arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory')
+arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory; BN sees a part')
 arg('--lr', type=float, default=0.2, help='maximum of the schedule')
 arg('--schedule', default='onecycle', choices=['onecycle', 'cosine', 'step'], help='cosine: no warm-up')
 arg('--milestones', type=float, nargs='+', default=[0.5, 0.75], help='of --schedule step, shares of training')
@@ -109,7 +109,7 @@ if first.norm == 'L2':
 parser.set_defaults(**method.settings)
 if first.recipe == 'paper':
     parser.set_defaults(**(method.recipe or {}))
-if first.inner:
+if first.inner and INNERS[first.inner].objective is not method.inner:
     inner = INNERS[first.inner]
     method = method._replace(inner=inner.objective, fp16_scale=inner.fp16_scale)
     parser.set_defaults(init=inner.init)
@@ -161,6 +161,7 @@ networks, teachers = checkpoint.load_teachers(args, roles, d, device)   # teache
 teacher, standard_teacher = networks.get('teacher'), networks.get('standard_teacher')
 if args.warm_start:
     checkpoint.warm_start(student, args, d)
+ddp.broadcast(student, guide)
 if args.sync_bn:
     ddp.sync_bn(student, guide)
 averaged = checkpoint.copied(student) if args.ema or args.swa else None

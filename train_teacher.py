@@ -81,6 +81,7 @@ if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
 torch.manual_seed(args.seed)
 model = checkpoint.build(args.model, d, **shape)
+ddp.broadcast(model)
 if args.sync_bn:
     ddp.sync_bn(model)
 net = torch.compile(model, dynamic=False) if args.compile else model      # checkpoints hold `model`

@@ -104,7 +104,7 @@ def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **opti
     if others:
         done.insert(0, f'the file also holds {" ".join(others)}')
     if not ours and '.py:' not in config['name']:
-        done += _assumed(config, done)
+        done += _assumed(config, done, flag)
     text = '; '.join([f'weights: {key or "the whole file"}', *done])
     if done or not ours:
         say(f'{path}: {text}')
@@ -126,11 +126,12 @@ def _config(path, config, name, num_classes, flag, options):
                       f'If you trust that file: {describe.same_command(flag, config["name"])}')
     return dict(config, name=name)
 
-def _assumed(config, done):
+def _assumed(config, done, flag):
     """What the keys and shapes of a foreign network leave open."""
     assumed = []
     if not config.get('mean'):
-        assumed.append('taken for one of images in [0, 1], not standardised (else --mean and --std)')
+        other = '--mean and --std' if flag == '--model' else f'{flag} FILE.py:FUNCTION, which standardises'
+        assumed.append(f'taken for one of images in [0, 1], not standardised (else {other})')
     if any('downsample' in text for text in done):
         assumed.append('taken for one without max pooling')     # torchvision's 7x7 stem would not fit
     if config['name'] == 'preactresnet18':
@@ -166,8 +167,9 @@ def copied(net):
 def load_teacher(path, args, d, device):
     """-> the frozen network in path, on the device, and what the student's checkpoint says of it. Raises
     Refused."""
+    width = None if args.teacher_model else args.width          # a --teacher-model's own
     net, meta = load_checkpoint(path, args.teacher_model or args.model, d.classes, flag='--teacher-model',
-                                channels=d.x_train.shape[-1])
+                                width=width, channels=d.x_train.shape[-1])
     if meta.get('dataset', args.dataset) != args.dataset:
         raise Refused(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
     for m in net.modules():                                     # of its two, the BN it was validated with
@@ -209,6 +211,9 @@ def check_teachers(networks, known, args, d):
         if role == 'teacher' and METHODS[args.loss].teacher == 'robust' and robust <= 100 / d.classes:
             say(f'note: --loss {args.loss} learns from a robust teacher, and this one is not')
         if stored is None:
+            if clean < 50:
+                say('note: that is little for a teacher: are its images standardised, in another order of '
+                    'classes?')
             continue
         p = min(max(stored / 100, 0.02), 0.98)
         if clean < stored - 400 * math.sqrt(p * (1 - p) / n):

@@ -66,6 +66,18 @@ def average(tensors):
     for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(mean.view_as(t))
 
+@torch.no_grad()
+def broadcast(*networks):
+    """Every process's networks become those of rank 0: a seed of ours does not reach numpy's generator, which
+    code of one's own may draw from. A network may be None."""
+    if world_size() == 1:
+        return
+    for net in networks:
+        for tensor in net.state_dict().values() if net else ():
+            value = tensor.contiguous()             # NCCL takes no other layout
+            dist.broadcast(value, 0)
+            tensor.copy_(value)
+
 class SyncBatchNorm2d(torch.nn.BatchNorm2d):
     """BN that normalises, in training, with mean and variance of all processes. (torch's own wants a GPU.)"""
     def forward(self, x):

@@ -63,3 +63,11 @@ def test_a_robust_teacher_that_is_none_is_named(teacher, tmp_path, capsys):
     for loss, named in ('rslad', True), ('logit_mse', False):
         train(tmp_path / loss, '--teacher', teacher, '--eps', 64, loss=loss)
         assert ('learns from a robust teacher, and this one is not' in capsys.readouterr().out) == named
+
+@pytest.mark.parametrize('flags, init', [
+    ('--loss mart', 'normal'), ('--loss mart --inner ce', 'normal'), ('--loss mart --inner kl', 'normal'),
+    ('--loss trades --inner ce', 'uniform'), ('--loss nat_adv --recipe paper --inner ce', 'zero')])
+def test_an_inner_attack_that_is_the_method_s_own_changes_nothing(flags, init, tmp_path):
+    script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1,
+                 '--batch-size', 32, '--width', 4, '--amp', 'off', *flags.split(), '--out', tmp_path)
+    assert script['args'].init == init

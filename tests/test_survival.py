@@ -171,6 +171,22 @@ def test_two_processes_are_one(flags, tmp_path):
     assert apart < 1e-4 if flags else apart > 1e-2
     assert abs(log_one[0]['loss'] - log_two[0]['loss']) < (1e-4 if flags else 0.3)
 
+def test_two_processes_begin_with_one_network(tmp_path):
+    """Also where its code draws from a generator that our seed does not reach: here, that of the process."""
+    (tmp_path / 'two.py').write_text("""
+import os, sys
+import torch
+from support import ddp
+ddp.init()
+net = torch.nn.BatchNorm2d(4)
+torch.nn.init.constant_(net.weight, os.getpid())
+apart = len(set(ddp.gather(net.weight[0].item())))
+ddp.broadcast(net, None)
+sys.exit((apart, len(set(ddp.gather(net.weight[0].item())))) != (2, 1))
+""")
+    subprocess.run([*TORCHRUN, str(tmp_path / 'two.py')], check=True, capture_output=True,
+                   env=dict(os.environ, PYTHONPATH=str(HERE)))
+
 def test_two_processes_stop_together_and_continue(tmp_path):
     command = [*TORCHRUN, *ADV[1:], str(tmp_path), '--loss', 'trades']
     process = started(command)

@@ -1,0 +1,74 @@
+"""What is pasted into somebody else's code says what is wrong there, and is right where ours never goes."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import attacks, losses, models
+from support import checkpoint
+from test_smoke import X, net
+
+@pytest.mark.parametrize('sharper', [10, 100])
+def test_in_l2_a_confident_network_is_attacked_as_any_other(sharper):
+    """Twenty nats apart, the squares of the gradient of a cross-entropy underflow."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3072, 10).requires_grad_(False)
+    x = torch.rand(8, 3, 32, 32)
+    y = layer(x.flatten(1)).argmax(1)
+    moved = {}
+    for scale in (1, sharper):
+        def objective(x_adv):           # its gradient is the same but for its length, which is not taken
+            z = layer(x_adv.flatten(1)).gather(1, y[:, None])[:, 0]
+            return -z * 10.0 ** (1 - scale / 3)
+        x_adv = attacks.pgd(objective, x, eps=0.5, step_size=0.125, norm='L2', init='zero')
+        moved[scale] = (x_adv - x).flatten(1).norm(dim=1)
+    torch.testing.assert_close(moved[sharper], moved[1], rtol=1e-3, atol=1e-3)
+    assert moved[1].min() > 0.4
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_images_in_half_precision_are_refused(dtype):
+    with pytest.raises(ValueError, match='too coarse for eps'):
+        attacks.pgd(lambda x_adv: x_adv.flatten(1).sum(1), X.to(dtype))
+
+def test_an_optimiser_within_awp_is_told_that_its_step_would_be_lost(net):
+    def objective():
+        return F.cross_entropy(net(X), torch.zeros(len(X), dtype=torch.int64))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match='optimizer.step.. belongs behind the block'):
+        with attacks.weights_perturbed(net, objective, gamma=0.01):
+            objective().backward()
+            optimizer.step()
+    with attacks.weights_perturbed(net, objective, gamma=0.01):
+        objective().backward()
+    before = net.conv1.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(net.conv1.weight, before)
+    with pytest.raises(ValueError, match='takes part'), attacks.attack_mode(net):
+        with attacks.weights_perturbed(net, objective, gamma=0.01):
+            pass
+
+def test_a_branch_of_another_name_is_not_the_main_one(net):
+    with pytest.raises(ValueError, match="'main' or 'aux'"), models.bn_branch(net, 'auxiliary'):
+        pass
+
+def test_mean_and_std_come_together_and_as_anything(net):
+    for half in (dict(mean=[0.5] * 3), dict(std=[0.2] * 3)):
+        with pytest.raises(ValueError, match='both, or neither'):
+            models.build('resnet18', 10, width=4, **half)
+    mean, std = torch.full((3,), 0.5), torch.full((3,), 0.25)
+    build_args = models.build('resnet18', 10, width=4, mean=mean, std=std.numpy()).build_args
+    assert build_args['mean'] == [0.5] * 3 and build_args['std'] == [0.25] * 3
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_kl_of_logits_in_half_precision_is_not_negative(dtype):
+    z = torch.randn(256, 10, generator=torch.Generator().manual_seed(0))
+    near = z + 0.05 * torch.randn(256, 10, generator=torch.Generator().manual_seed(1))
+    z, near = z.to(dtype), near.to(dtype)
+    assert losses.kl(near, z).min() > -1e-6
+    torch.testing.assert_close(losses.kl(near, z), losses.kl(near.double(), z.double()).float())
+
+def test_a_teacher_s_weights_alone_are_said_to_be_of_images_as_they_are(tmp_path):
+    torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'w.pt')
+    for flag, other in (('--model', 'else --mean and --std'),
+                        ('--teacher-model', 'else --teacher-model FILE.py')):
+        _, meta = checkpoint.load_checkpoint(tmp_path / 'w.pt', 'resnet18', 10, width=4, flag=flag)
+        assert other in meta['weights']
