@@ -1,5 +1,5 @@
 """A run that is killed, stopped or moved to several processes ends where an undisturbed one does."""
-import json, pathlib, random, shutil, signal, subprocess, sys, time
+import json, os, pathlib, random, shutil, signal, subprocess, sys, time
 from types import SimpleNamespace
 
 import numpy as np
