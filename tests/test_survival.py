@@ -152,7 +152,7 @@ def test_two_students_that_need_one_teacher(tmp_path):
              for path in tmp_path.glob('runs/*-s?/last.pt')]
     assert len(known) == 2 and known[0] == known[1]
 
-TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', '29517']
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
 # one update, no noise, and no sign of a gradient near zero: what differs is the order of the sums
 PLAIN = ['--loss', 'pgd_at', '--norm', 'L2', '--init', 'zero', '--epochs', '1', '--subset', '32',
          '--lr', '0.01', '--amp', 'off']
