@@ -209,7 +209,7 @@ def ltd(logits, logits_adv, t_logits, *, beta=6.0, tau=5.0):
 def ard(logits, logits_adv, t_logits, y, *, alpha=1.0, T=30.0, scale=0.1):
     """Goldblum et al. 2020, "Adversarially Robust Distillation" (ARD).
     scale alpha T^2 KL(g_T || p'_T) + (1 - alpha) CE(p, y), _T: softmax(z / T)
-    scale 0.1 is their mean over ten classes (0.01 with a hundred)."""
+    scale 0.1 is their mean over ten classes; over a hundred it is 0.01, see METHODS."""
     soft = T ** 2 * kl(logits_adv / T, t_logits / T)
     return scale * alpha * soft + (1 - alpha) * ce(logits, y)
 
@@ -246,8 +246,8 @@ def adaad(logits, logits_adv, t_logits, t_logits_adv, *, alpha=1.0, scale=0.1):
     """Huang et al. 2023, "Boosting Accuracy and Robustness of Student Models via AdaAD". No label anywhere.
     scale [alpha KL(g' || p') + (1 - alpha) KL(g || p)]
     The teacher is read at x', and the attack climbs through both networks. As in their code x goes through
-    the student even where alpha is 1, and moves its BN statistics. scale as in rslad; they use 1 for a
-    hundred classes."""
+    the student even where alpha is 1, and moves its BN statistics. scale as in rslad; for a hundred classes
+    they take the sum, 1, see METHODS."""
     return scale * (alpha * kl(logits_adv, t_logits_adv) + (1 - alpha) * kl(logits, t_logits))
 
 def kd_swa(logits_adv, t_logits_adv, s_logits_adv, y, *, alpha=0.6, gamma=0.1, T=2.0):
@@ -267,6 +267,7 @@ class Method(NamedTuple):
     teacher: str | None = None      # 'standard': found or trained if none is given. 'robust': has to be given
     recipe: dict | None = None      # --recipe paper: the flags of the method's paper and code. None: unknown
     shares: tuple = ()              # hyper-parameters that are shares, at most 1 together
+    datasets: dict = {}             # name: hyper-parameters, where the authors have others for it
     # In fp16 the gradient of a confident logit is 0, so the attack's objective is multiplied by this before
     # it is differentiated. MSE's gradient has no bound, and would overflow at 2^10
     fp16_scale: float = 2.0 ** 10
@@ -311,7 +312,8 @@ METHODS = {
                       STEPWISE, epochs=120, weight_decay=5e-4, nesterov=True, steps=8,
                       milestones=[0.6667, 0.8333])),
     # ARD's and IAD's code forgets its second drop of the rate; the papers have it. It attacks in train mode
-    'ard':        Method(ard,        climb_ce,  {}, 'robust', shares=('alpha',), recipe=dict(
+    'ard':        Method(ard,        climb_ce,  {}, 'robust', shares=('alpha',),
+                      datasets={'cifar100': dict(scale=0.01)}, recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving', bn_order='adv-nat')),
     'iad1':       Method(iad1,       climb_ce,  {}, 'robust', recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], attack_bn='moving', bn_order='adv-nat')),
@@ -320,7 +322,8 @@ METHODS = {
     'rslad':      Method(rslad,      climb_teacher, BESIDE, 'robust', shares=('alpha',), recipe=dict(
                       STEPWISE, epochs=300, milestones=[215 / 300, 260 / 300, 285 / 300],
                       bn_order='adv-nat')),
-    'adaad':      Method(adaad,      climb_both, BESIDE, 'robust', shares=('alpha',), recipe=dict(
+    'adaad':      Method(adaad,      climb_both, BESIDE, 'robust', shares=('alpha',),
+                      datasets={'cifar100': dict(scale=1.0)}, recipe=dict(
                       STEPWISE, epochs=200, milestones=[0.5, 0.75], weight_decay=5e-4)),
     # their code: images standardised in the network, the attack in train mode, an average from epoch 56 on
     'kd_swa':     Method(kd_swa,     climb_ce,  {}, 'robust', shares=('alpha', 'gamma'), recipe=dict(
@@ -357,30 +360,3 @@ def hparams(fn):
 def asked_for(method):
     """Names of all that the method asks for, in its loss and in its attack."""
     return set(needs(method.loss) + needs(method.inner))
-
-def as_flag(name, value):
-    """A hyper-parameter as it is typed."""
-    if isinstance(value, bool):
-        return f'--{name}' if value else f'--no-{name}'
-    return f'--{name} {value:.4g}' if isinstance(value, float) else f'--{name} {value}'
-
-def table():
-    """METHODS as the README shows it, made of signatures and docstrings."""
-    rows = ['| `--loss` | minimises | its attack climbs | flags | labels | teacher | source |',
-            '|---|---|---|---|---|---|---|']
-    for name, method in METHODS.items():
-        source, formula = [line.strip() for line in method.loss.__doc__.splitlines()[:2]]
-        authors, title, _ = source.partition(',')               # the title stands in the docstring
-        climbs = method.inner.__doc__ if method.inner else '-'
-        flags = ' '.join(f'`{as_flag(k, not v if isinstance(v, bool) else v)}`'   # of a switch the other way
-                         for k, v in hparams(method.loss).items())
-        names = asked_for(method)
-        teachers = [method.teacher, 's_logits_adv' in names and 'standard',
-                    'guide_logits' in names and 'trains along']
-        cells = (f'`{name}`', formula, climbs, flags or '-', 'y' if 'y' in names else '**none**',
-                 ' + '.join(filter(None, teachers)) or '-', authors if title else '-')
-        rows.append('| ' + ' | '.join(cell.replace('|', '\\|') for cell in cells) + ' |')
-    return '\n'.join(rows)
-
-if __name__ == '__main__':
-    print(table())

@@ -5,7 +5,8 @@ Networks for small images, and torchvision's for large ones. Images in [0, 1] in
     net = build('resnet18', 10, width=16)                        # a quarter of the channels, for a CPU
 
 State-dict keys are those of the pytorch-cifar family (conv1 bn1 layer1.0.conv1 ... shortcut linear) and, for
-wrn, of the TRADES code (block1.layer.0 ... fc), so the released checkpoints load unchanged.
+wrn, of the TRADES code (block1.layer.0 ... fc; without its sub_block1, which nothing calls), so that the
+released checkpoints load.
 """
 import copy, re, warnings
 from contextlib import contextmanager
@@ -30,8 +31,10 @@ class HybridReLU(torch.autograd.Function):
     def backward(ctx, grad):
         return grad * torch.sigmoid(HybridReLU.alpha * ctx.saved_tensors[0])
 
-ACTIVATIONS = {'relu': F.relu, 'silu': F.silu, 'hybrid': HybridReLU.apply,
-               'softplus': lambda u: F.softplus(u, beta=HybridReLU.alpha)}
+def softplus(u):
+    return F.softplus(u, beta=HybridReLU.alpha)
+
+ACTIVATIONS = {'relu': F.relu, 'silu': F.silu, 'hybrid': HybridReLU.apply, 'softplus': softplus}
 
 class Net(nn.Module):
     """A module whose nonlinearity build() may replace."""
@@ -221,8 +224,11 @@ def of_torchvision(name, num_classes, normalize):
     except ValueError as e:
         raise ValueError(f'unknown model torchvision-{name}: {e}') from e
     net.normalize = normalize or nn.Identity()
-    net.register_forward_pre_hook(lambda net, x: net.normalize(*x))
+    net.register_forward_pre_hook(_normalized)
     return net
+
+def _normalized(net, inputs):
+    return net.normalize(*inputs)
 
 NAMES = ('resnet18 resnet34 resnet50 preactresnet18 preactresnet18-fast wrn-DEPTH-WIDEN (wrn-28-10, '
          'wrn-34-10, ...) mobilenetv2, for ImageNet torchvision-resnet50 torchvision-wide_resnet50_2 ...')

@@ -13,6 +13,7 @@ import attacks, data, losses, models
 from support import checkpoint
 from losses import METHODS, hparams, needs
 from support.files import Refused
+from tools import methods
 
 HERE = pathlib.Path(__file__).parent
 README = (HERE / 'README.md').read_text()
@@ -412,8 +413,9 @@ def test_evaluate_reports_and_writes_the_same_numbers(teacher, tmp_path, capsys)
 # README
 
 def test_readme_has_the_table_of_methods():
-    if losses.table() not in README:
-        pytest.fail('README.md, Methods: paste what python losses.py prints over the table', pytrace=False)
+    if methods.table() not in README:
+        pytest.fail('README.md, Methods: paste what python -m tools.methods prints over the table',
+                    pytrace=False)
 
 if __name__ == '__main__':
     sys.exit(pytest.main([__file__, '-q', *sys.argv[1:]]))

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import update_bn
 import data
 import models
 from attacks import attack_mode, frozen_statistics, pgd, scaled, step_sizes, weights_perturbed
-from losses import INNERS, METHODS, TARGETS, Softened, as_flag, asked_for, hparams, needs
+from losses import INNERS, METHODS, TARGETS, Softened, asked_for, hparams, needs
 from models import bn_branch
 from support import checkpoint, ddp, describe, files, refusals, runs, validation
 
@@ -115,12 +115,13 @@ if first.inner and INNERS[first.inner].objective is not method.inner:
     parser.set_defaults(init=inner.init)
 
 arg = parser.add_argument_group(f'hyper-parameters of {first.loss}').add_argument
-for name, default in hparams(method.loss).items():
-    arg(f'--{name}', help=f'default: {as_flag(name, default)}', **describe.flag_of(default))
+hp = {**hparams(method.loss), **method.datasets.get(first.dataset, {})}
+for name, default in hp.items():
+    arg(f'--{name}', help=f'default: {describe.as_flag(name, default)}', **describe.flag_of(default))
 parser.add_argument('-h', '--help', action='help')
 args, unknown = parser.parse_known_args()
-refusals.unknown(unknown, args.loss, hparams(method.loss))
-hp = {name: getattr(args, name) for name in hparams(method.loss)}
+refusals.unknown(unknown, args.loss, hp)
+hp = {name: getattr(args, name) for name in hp}
 
 # -----------------------------------------------------------------------------
 # device, data, models. Wrong input is refused here, before any work
@@ -135,7 +136,6 @@ refusals.attack(args)
 run = runs.Run(args)
 
 dtype = models.precision(args.amp, device)                      # None: fp32, and then without TF32 either
-
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
               augment=args.augment, device=device)
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None

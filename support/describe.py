@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from losses import METHODS, as_flag
+from losses import METHODS
 from support import autoattack
 from support.files import say
 
@@ -64,11 +64,22 @@ def teacher_folder(args, defaults, only=None):
     seed = vars(args).get('seed', 0)
     return f'{text}-teacher' + (f'-s{seed}' if seed else '')
 
+def as_flag(name, value):
+    """A hyper-parameter as it is typed."""
+    if isinstance(value, bool):
+        return f'--{name}' if value else f'--no-{name}'
+    return f'--{name} {value:.4g}' if isinstance(value, float) else f'--{name} {value}'
+
 def flag_of(default):
-    """argparse's arguments for a hyper-parameter: a switch, or a value of the type of its default."""
+    """argparse's arguments for a hyper-parameter: a switch, a number, or a word, as its default is."""
     if isinstance(default, bool):
         return dict(action=argparse.BooleanOptionalAction, default=default)
-    return dict(type=type(default), default=default)
+    kind = {int: number, float: float}.get(type(default), str)
+    return dict(type=kind, default=default)
+
+def number(text):
+    """A whole number, or a fraction."""
+    return int(text) if text.lstrip('+-').isdecimal() else float(text)
 
 def same_command(*more):
     """The command line that is being run, and more, to be pasted."""

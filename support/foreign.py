@@ -52,6 +52,7 @@ class Surroundings:
         self.depth, self.ours, self.theirs = 0, {}, {}
         self.inside = self.outside = 0              # how many modules there were: as many, the same ones
         self.neighbours, self.our_names = set(), set()
+        self.path = self.path_inside = []
         if self.folder != ROOT:                     # there `import` finds the same
             self.neighbours, self.our_names = _names_in(self.folder), _names_in(ROOT)
 
@@ -82,8 +83,10 @@ class Surroundings:
         self.ours = {name: sys.modules.pop(name) for name in list(names)}
         sys.modules.update(self.theirs)
         self.inside = len(sys.modules)
-        self.path = sys.path[:]
-        sys.path[:] = [self.folder] + [p for p in sys.path if os.path.realpath(p or '.') != ROOT]
+        if sys.path != self.path:
+            self.path = sys.path[:]
+            self.path_inside = [self.folder, *[p for p in self.path if os.path.realpath(p or '.') != ROOT]]
+        sys.path[:] = self.path_inside
 
     def leave(self):
         self.depth -= 1

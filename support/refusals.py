@@ -1,6 +1,7 @@
 """
 What cannot be trained or attacked is refused before any work: one line that says what to do.
 """
+import argparse
 import math
 import os
 import sys
@@ -9,7 +10,7 @@ import torch
 
 import models
 from attacks import farthest
-from losses import METHODS, Softened, climb_kl, climb_mse, asked_for, needs, smooth
+from losses import METHODS, Softened, climb_kl, climb_mse, asked_for, hparams, needs, smooth
 from support.files import Refused
 
 def refuse(message):
@@ -24,6 +25,8 @@ def one_line(parser):
     def hook(kind, problem, trace):
         if issubclass(kind, Refused):
             error(problem)
+        if issubclass(kind, argparse.ArgumentError):        # a hyper-parameter called eps, say
+            error(f'{problem}: there is such a flag already, so rename the hyper-parameter')
         if issubclass(kind, torch.OutOfMemoryError):
             error('out of memory on the GPU: try half of --batch-size')
         if issubclass(kind, KeyboardInterrupt):
@@ -172,7 +175,10 @@ def training(args, method, hp, default, world=1):
     labels_extra = bool(args.extra) and 'y' in asked                # by the teacher
     both = {'logits', 'logits_adv'} <= set(needs(method.loss))
 
-    numbers(args, 0, 1e9, 'awp', 'free', *[k for k, v in hp.items() if isinstance(v, (int, float))])
+    numbers(args, 0, 1e9, 'awp', 'free')
+    for name, value in hparams(method.loss).items():
+        if isinstance(value, (int, float)):
+            numbers(args, -1e9 if value < 0 else 0, 1e9, name)
     numbers(args, 1, 1e9, 'steps', 'guide_width')
     numbers(args, 1e-3, 1e9, *[k for k in ('tau', 'T') if k in hp])
     numbers(args, 0, 1, 'eps_ramp', 'awp_warmup', 'ema', 'swa', 'smoothing', 'extra_fraction', *method.shares)

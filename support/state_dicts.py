@@ -29,7 +29,8 @@ SCALAR = np.float64(0).__reduce__()[0]
 SAFE = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, 'numpy.core.multiarray.scalar'),        # of numpy 1
         *{type(np.dtype(kind)) for kind in '?bBhHiIlLqQefd'}]
 HARMLESS = {'builtins.set', '__builtin__.set', 'builtins.bytearray', 'builtins.list', 'builtins.dict',
-            'builtins.int', 'builtins.float', 'builtins.tuple', 'builtins.complex', 'builtins.slice'}
+            'builtins.int', 'builtins.float', 'builtins.tuple', 'builtins.complex', 'builtins.slice',
+            'builtins.getattr', '__builtin__.getattr'}          # of a bound method
 
 # -----------------------------------------------------------------------------
 # files

@@ -51,6 +51,12 @@ def as_before():
     cudnn.allow_tf32, cudnn.benchmark = before
     torch.use_deterministic_algorithms(False)
 
+@gpu_alone
+def test_images_outside_0_and_1_are_nan_where_asking_would_wait():
+    x = 2 * X.to(DEVICE)
+    x_adv = attacks.pgd(lambda x_adv: x_adv.flatten(1).sum(1), x, steps=1)
+    assert x_adv.isnan().all()
+
 @pytest.fixture(scope='module')
 def robust(tmp_path_factory):
     """A network that withstands a little: the checkpoint's path."""

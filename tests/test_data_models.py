@@ -65,6 +65,13 @@ def mine(folder, name='mine', x=lambda x: x, y=lambda y: y):
 SHORT = '--loss dkl --width 4 --subset 64 --batch-size 32 --epochs 1 --steps 1'.split()
 ATTACKS = '--n 20 --attacks pgd cw --steps 2 --no-audit'.split()
 
+def test_mean_and_std_are_those_of_the_images():
+    d = data.load('digits')
+    x = d.x_train.double() / 255
+    mean, std = d.statistics()
+    assert mean == pytest.approx(x.mean((0, 1, 2)).tolist())
+    assert std == pytest.approx(x.flatten(0, 2).std(0).tolist())
+
 def test_grey_images_with_and_without_a_channel(tmp_path):
     weights = []
     for name, grey in (('hw', lambda x: x[..., 0]), ('hw1', lambda x: x[..., :1])):

@@ -1,14 +1,21 @@
 """What the flags are when nobody gives them, what a hyper-parameter of one's own becomes, and what is said
 before the training: --dry-run, and a teacher that is not what the method learns from."""
+import argparse
 import signal
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+import torch
 
 import losses
+import models
 from losses import METHODS
-from support import validation
+from support import describe, validation
 from test_options import train
-from test_smoke import run, teacher         # teacher: a fixture
+from test_smoke import HERE, run, teacher   # teacher: a fixture
+from tools import methods
 
 def test_dry_run_times_one_batch_of_the_validation_and_can_be_stopped(tmp_path, monkeypatch, capsys):
     seen, attack = [], validation.pgd
@@ -30,7 +37,44 @@ def test_a_switch_that_is_on_by_default_can_be_turned_off(tmp_path, monkeypatch,
     script = train(tmp_path, '--no-soft', '--mode', 'b', loss='pgd_at')
     assert script['hp'] == dict(soft=False, mode='b')
     assert 'pgd_at --no-soft --mode b;' in capsys.readouterr().out
-    assert '`--no-soft` `--mode a`' in losses.table()
+    assert '`--no-soft` `--mode a`' in methods.table()
+
+@pytest.mark.parametrize('default, typed, value', [
+    (6, '5', 5), (6, '0.5', 0.5), (-1.0, '-2', -2.0), ('a', 'b', 'b')])
+def test_a_hyper_parameter_is_typed_as_a_number_or_as_a_word(default, typed, value):
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--k', **describe.flag_of(default))
+    given = parser.parse_args([f'--k={typed}']).k
+    assert given == value and type(given) is type(value)
+
+def test_a_hyper_parameter_may_be_below_zero(tmp_path, monkeypatch):
+    def below(logits_adv, y, *, offset=-0.5):
+        return losses.ce(logits_adv, y) + offset
+    monkeypatch.setitem(METHODS, 'pgd_at', METHODS['pgd_at']._replace(loss=below))
+    assert train(tmp_path, loss='pgd_at')['hp'] == dict(offset=-0.5)
+
+def test_a_hyper_parameter_with_the_name_of_a_flag_is_one_line():
+    script = """if True:
+        import losses, runpy
+        def clash(logits_adv, y, *, eps=1.0): pass
+        losses.METHODS['logit_mse'] = losses.METHODS['logit_mse']._replace(loss=clash)
+        runpy.run_path('train_adv.py', run_name='__main__')"""
+    done = subprocess.run([sys.executable, '-c', script], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert '--eps' in done.stderr and 'rename the hyper-parameter' in done.stderr
+
+@pytest.mark.parametrize('loss, flags, scale', [
+    ('ard', (), 0.01), ('adaad', (), 1.0), ('rslad', (), 0.1), ('ard', ('--scale', 0.5), 0.5)])
+def test_the_scale_of_a_hundred_classes_is_the_authors(loss, flags, scale, tmp_path):
+    """Goldblum et al. average over the classes, Huang et al. only over ten."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (200, 32, 32, 3), dtype=np.uint8), np.arange(200) % 100
+    np.savez(tmp_path / 'cifar100.npz', x_train=images, y_train=labels, x_test=images, y_test=labels)
+    torch.save(models.build('resnet18', 100, width=4).state_dict(), tmp_path / 'w.pt')
+    script = run('train_adv.py', '--loss', loss, '--dataset', 'cifar100', '--data-dir', tmp_path, *flags,
+                 '--width', 4, '--epochs', 1, '--steps', 1, '--amp', 'off', '--teacher', tmp_path / 'w.pt',
+                 '--out', tmp_path / 'out')
+    assert script['hp']['scale'] == scale
 
 @pytest.mark.parametrize('flags, width, activation', [
     ([], 8, 'softplus'), (['--guide-width', 4], 4, 'softplus'), (['--guide-model', 'wrn-10-1'], 16, 'relu'),

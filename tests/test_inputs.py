@@ -216,6 +216,12 @@ def test_a_teacher_that_has_lost_its_accuracy_is_refused(tmp_path, capsys):
         else:
             run('train_adv.py', *flags, '--out', tmp_path / f'{stored}')
 
+def test_a_teacher_s_weights_alone_take_the_student_s_width_and_are_doubted(tmp_path, capsys):
+    torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'w.pt')
+    run('train_adv.py', '--loss', 'logit_mse', *TINY, '--epochs', 1, '--steps', 1,
+        '--teacher', tmp_path / 'w.pt', '--out', tmp_path / 'out')
+    assert 'note: that is little for a teacher' in capsys.readouterr().out
+
 def test_a_teacher_that_gives_no_numbers_is_refused(tmp_path, capsys):
     net = models.build('resnet18', 10, width=4)
     torch.nn.init.constant_(net.linear.bias, float('nan'))

@@ -66,6 +66,14 @@ def test_kl_of_logits_in_half_precision_is_not_negative(dtype):
     assert losses.kl(near, z).min() > -1e-6
     torch.testing.assert_close(losses.kl(near, z), losses.kl(near.double(), z.double()).float())
 
+@pytest.mark.parametrize('name, activation', [
+    *[('resnet18', activation) for activation in models.ACTIVATIONS], ('torchvision-resnet18', 'relu')])
+def test_a_network_can_be_saved_whole(name, activation, tmp_path):
+    net = models.build(name, 10, activation=activation, mean=[0.5] * 3, std=[0.25] * 3).eval()
+    torch.save(net, tmp_path / 'net.pt')
+    again = torch.load(tmp_path / 'net.pt', weights_only=False)         # our own file
+    assert torch.equal(again(X[:2]), net(X[:2]))
+
 def test_a_teacher_s_weights_alone_are_said_to_be_of_images_as_they_are(tmp_path):
     torch.save(models.build('resnet18', 10, width=4).state_dict(), tmp_path / 'w.pt')
     for flag, other in (('--model', 'else --mean and --std'),

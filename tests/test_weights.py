@@ -123,7 +123,8 @@ def test_pickle_protocols(net, tmp_path):
 
 def test_what_stands_beside_the_weights_is_not_run(net, tmp_path):
     """Numbers of numpy and flags are read; the rest of what pickle could do is not."""
-    for thing in (types.SimpleNamespace(), torch.nn.Linear(2, 2), np.zeros(3), np.array(['a', None])):
+    for thing in (types.SimpleNamespace(), torch.nn.Linear(2, 2), np.zeros(3), np.array(['a', None]),
+                  types.SimpleNamespace().__init__):
         with pytest.raises(Refused, match='save its state dict alone'):
             load(tmp_path / 'w.pt', {'model': net.state_dict(), 'thing': thing})
 
