@@ -2,7 +2,7 @@
 Attacks for training and for quick evaluation. Images are fp32 in [0, 1]; the model normalises them itself.
 
     with attack_mode(net):
-        x_adv = pgd(lambda x_adv: cross_entropy(net(x_adv), y), x, eps=8/255, step_size=2/255, steps=10)
+        x_adv = pgd(lambda x_adv: F.cross_entropy(net(x_adv), y, reduction='none'), x, eps=8/255)
 
 The objective returns one value per image, (B,), and pgd climbs their sum: images are independent, and the
 step of one does not depend on the size of the batch.
@@ -29,18 +29,20 @@ def norms(d):
     return per_image(d.flatten(1).norm(dim=1).clamp_min(1e-12), d)
 
 def farthest(x, norm):
-    """How far black is from white, in images of the shape of x (B,...): no radius and no step is larger."""
+    """The largest distance between two images of the shape of x (B,...): no radius and no step is larger."""
     return 1.0 if norm == 'Linf' else math.sqrt(math.prod(x.shape[1:]))
 
 def check_units(name, value, x, norm):
-    """Raises ValueError for a radius or step in pixels; but not on a GPU, which would wait in every batch."""
+    """Raises ValueError for a radius or step in pixels. Of CUDA tensors nothing is checked: it would wait for
+    the GPU in every batch."""
     value = torch.as_tensor(value)
     if not value.is_cuda and not (0 <= value.min() and value.max() <= farthest(x, norm)):
         raise ValueError(f'{name} is {value.min():g} to {value.max():g}: in units of [0, 1], so that '
                          f'8 pixels are 8/255, and at most {farthest(x, norm):g}')
 
 def start(x, *, eps, init, norm):
-    """The first x_adv: 'uniform' in the ball, 'normal' (TRADES: x + 0.001 N(0,1)), or 'zero' (x itself)."""
+    """The first x_adv: 'uniform' in the ball, 'normal' (TRADES: x + 0.001 N(0,1), here
+    within [0, 1]), or 'zero' (x itself)."""
     if init == 'normal':            # at x itself the gradient of KL(f(x), f(x')) and of MSE is exactly zero
         x_adv = x + 0.001 * torch.randn_like(x)
     elif init == 'uniform' and norm == 'Linf':
@@ -66,8 +68,8 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     number or one per image (B,). step_size: likewise, a number or a tensor; or a list of one per step.
     norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts,
     each image's best; of x's dtype, detached. Raises ValueError for x in half precision, which near 1 has a
-    spacing of up to 1/256, an eighth of eps, and for images outside [0, 1]; on a GPU, where asking would wait
-    in every batch, x_adv is NaN then.
+    spacing of up to 1/256, an eighth of eps, and for images outside [0, 1]. Of CUDA tensors x_adv becomes NaN
+    instead: to raise, it would have to wait for the GPU in every batch.
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
@@ -213,7 +215,7 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     Wu et al. 2020, "Adversarial Weight Perturbation Helps Robust Generalization" (AWP). For the time of the
     block every convolution's and every linear weight w is w + gamma |w| d / |d|, d the gradient of
     objective() -> scalar, one step uphill; norm layers, biases and frozen weights stay. Afterwards the
-    weights are back, bit for bit: optimizer.step() belongs behind the block, and raises RuntimeError within.
+    weights are back, bit for bit: optimizer.step() comes after the block; within it, RuntimeError is raised.
     (The authors step before they subtract: their weight decay also acts on the perturbation.) objective runs
     in the model's own mode: in frozen_statistics, if BN is to stay. average(gradients): in place, over
     several processes. Raises ValueError where no weight is used.
@@ -236,7 +238,7 @@ def weights_perturbed(model, objective, *, gamma, average=None):
     try:
         yield
         if versions != [w._version for w in weights]:
-            raise RuntimeError('optimizer.step() belongs behind the block, which puts the weights back')
+            raise RuntimeError('optimizer.step() comes after the block, which puts the weights back')
     finally:
         with torch.no_grad():
             for w, value in zip(weights, saved):

@@ -11,7 +11,6 @@ with scikit-learn, synthetic is generated. imagenet is class folders of files (s
 """
 import hashlib
 import os
-import zipfile
 from typing import NamedTuple
 
 import numpy as np
@@ -139,7 +138,7 @@ def digits():
 
 def synthetic():
     """Ten smooth random patterns, shifted and noisy: 640 training and 256 test images that a
-    small network learns at once."""
+    small network learns within an epoch or two."""
     g = torch.Generator().manual_seed(0)
     patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=g), size=(32, 32), mode='bilinear')
     y = torch.arange(896) % 10
@@ -171,7 +170,9 @@ def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, de
     training. training=False: ImageNet's, which take a while to list, are left out. Raises Refused.
     """
     defaults, path = row(name, folder), os.path.join(folder, f'{name}.npz')
-    classes = defaults['classes']
+    classes, augment = defaults['classes'], augment or defaults['augment']
+    if name == 'imagenet' and augment == 'crop':
+        raise Refused('--augment crop: of ImageNet every image is cropped and flipped, or none')
     if os.path.exists(path):
         arrays = from_npz(path, classes)
     elif name in ('digits', 'synthetic'):
@@ -199,7 +200,7 @@ def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, de
     if classes < 2 or training and len(y_train.unique()) == 1:
         raise Refused(f'--dataset {name}: all its training images are of one class, there is nothing '
                       'to tell apart')
-    return Dataset(name, classes, augment or defaults['augment'], x_train[train], y_train[train],
+    return Dataset(name, classes, augment, x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
 
 def missing_classes(d):
@@ -227,12 +228,16 @@ def facts(d):
 
 def open_images(path, shape):
     """
-    The images of a file without labels, uint8 (N,H,W,3) of the given (H,W,3), left on the disk: FILE.npy, or
-    the array x, x_train, image or images of FILE.npz. (One written by np.savez_compressed is unpacked into
-    memory, once.) Raises Refused.
+    The images of a file without labels, uint8 (N,H,W,3) of the given (H,W,3): FILE.npy, which stays on the
+    disk, or the array x, x_train, image or images of FILE.npz, which is read into memory. Raises Refused.
     """
     try:
-        images = np.load(path, mmap_mode='r') if str(path).endswith('.npy') else _array_in_npz(path)
+        images = np.load(path, mmap_mode='r')
+        if not isinstance(images, np.ndarray):
+            name = next((n for n in ('x', 'x_train', 'image', 'images') if n in images), None)
+            if name is None:
+                raise Refused('no array x, x_train, image or images')
+            images = images[name]
     except Exception as e:          # zipfile, zlib, numpy and the file system each have their own
         raise Refused(f'{path} is not an npz or npy file of images: {e}'.splitlines()[0]) from e
     if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or not len(images):
@@ -240,27 +245,9 @@ def open_images(path, shape):
                          f'(N, {", ".join(map(str, shape))})')
     return images
 
-def _array_in_npz(path):
-    with zipfile.ZipFile(path) as z:
-        name = next((n for n in ('x', 'x_train', 'image', 'images') if f'{n}.npy' in z.namelist()), None)
-        if name is None:
-            raise Refused('no array x, x_train, image or images')
-        entry = z.getinfo(f'{name}.npy')
-    if entry.compress_type != zipfile.ZIP_STORED:
-        return np.load(path)[name]
-    with open(path, 'rb') as f:                     # stored: an npy file within, behind the entry's header of
-        f.seek(entry.header_offset + 26)            # 30 bytes, the last four of which are the lengths of the
-        lengths = np.frombuffer(f.read(4), '<u2')   # two fields that follow it
-        f.seek(entry.header_offset + 30 + int(lengths.sum()))
-        version = np.lib.format.read_magic(f)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0,
-                       (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = read_header(f)
-        return np.memmap(path, dtype, 'r', f.tell(), shape, 'F' if fortran else 'C')
-
 def image_batches(images, n, augment, generator, seed=0, first=0):
     """Yield n of the images (see open_images) at a time, for ever: x fp32 (n,3,H,W) on the generator's
-    device, every image once before any comes again. seed: of their order; first: how many to pass over."""
+    device, every image once before any comes again. seed: of their order; first: how many images to skip."""
     order = lambda turn: torch.randperm(len(images), generator=torch.Generator().manual_seed(seed + turn))
     turn, passed = divmod(first, len(images))
     rest = order(turn)[passed:]
@@ -286,8 +273,10 @@ def augmented(x, augment, generator, padding=4):
     """
     'crop': random crop out of a frame of zeros, as torchvision's RandomCrop(padding=4); 'crop+flip': and
     each image flipped with probability 1/2, as RandomHorizontalFlip; 'none'. One gather for the whole batch,
-    on its device. uint8 (B,H,W,C) -> the same.
+    on its device. uint8 (B,H,W,C) -> the same. Raises ValueError for another word.
     """
+    if augment not in AUGMENT:
+        raise ValueError(f'augment is one of {AUGMENT}, not {augment!r}')
     if augment == 'none':
         return x
     B, H, W, _ = x.shape

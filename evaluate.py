@@ -45,7 +45,7 @@ parser.add_argument('checkpoint')
 arg = parser.add_argument_group('data and attack, pixels (0..255); default: as trained').add_argument
 arg('--dataset', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
 arg('--data-dir', metavar='DIR')
-arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of --norm L2 128, the usual 0.5)")
+arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of L2 128, the usual 0.5)")
 arg('--step-size', type=float, help='default: eps / 4')
 arg('--norm', choices=['Linf', 'L2'])
 arg('--n', type=int, help='the first N test images (default: all)')
@@ -77,7 +77,7 @@ arg('--sweep-steps', nargs='+', type=int, default=[], metavar='K',
     help='also PGD of each of these numbers of steps')
 arg('--individual', action='store_true', help='also the accuracy under each part of AutoAttack alone')
 arg('--branch', choices=['main', 'aux'], help='of dual BN (default: as validated in training)')
-arg('--no-audit', dest='audit', action='store_false', help='no search for masked gradients on 100 images')
+arg('--no-audit', dest='audit', action='store_false', help='skip the masking audit, of 100 images')
 
 arg = parser.add_argument_group('machine and report').add_argument
 arg('--dry-run', action='store_true', help='say what would be evaluated, and how long it takes')
@@ -165,7 +165,7 @@ def attack_part(x, y, part, half=False):
             return net(x).float()
 
     if args.compile:
-        logits(x)               # compiling under its eyes looks to it like a dynamic defense
+        logits(x)               # AutoAttack would take a compilation during its run for a dynamic defense
     return autoattack.one_part(part, logits, x, y, eps=eps, norm=args.norm, seed=args.seed, classes=d.classes)
 
 ATTACKS = {'fgsm': attack_fgsm, 'pgd': attack_pgd, 'cw': attack_cw, 'pgd-trades': attack_pgd_trades,
@@ -179,7 +179,7 @@ LABELS = {'pgd': f'pgd-{args.steps}', 'cw': f'cw-{args.steps}'}     # of their r
 todo = list(args.attacks)
 if source:
     todo += ['transfer', 'transfer-cw']
-# below the last one stands a row of all within eps, without the sweeps
+# after the last attack a row combines all those within eps; the sweeps are no part of it
 attacks = set(todo) - {'clean'}
 within = [name for name in attacks if RADIUS.get(name, eps) == eps]
 last = todo[-1] if within and len(attacks) > 1 else None
@@ -219,7 +219,7 @@ def attacked(name, restart, k, i):
     radius = RADIUS.get(name, eps)
     moved = evaluation.distance(x_adv, x, args.norm).max().item()
     if not (moved <= radius * (1 + 1e-4) and 0 <= x_adv.min() and x_adv.max() <= 1):
-        sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): it is worth nothing')
+        sys.exit(f'{name} left the ball or [0, 1] (moved by {255 * moved:.3f}/255): its result is invalid')
     kept = x_adv.cpu() if args.save_adv and radius == eps else None
     return dict(predicted=classify(x_adv), moved=moved, broken=broken, warned=warned, x_adv=kept)
 

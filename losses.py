@@ -52,7 +52,7 @@ def hard(y):
 
 # -----------------------------------------------------------------------------
 # soft targets made of labels: (logits, y) -> (B, K), no gradient. Any loss that takes y takes Softened(y,
-# rule) in its place: each of its cross-entropies then has its own target; what else it does with y stays hard
+# rule) in its place: each cross-entropy then makes its own target, and every other use of y sees hard labels
 
 class Softened(NamedTuple):
     y: torch.Tensor
@@ -137,9 +137,10 @@ def hat(logits, logits_adv, logits_helper, t_logits_adv, y, *, beta=2.5, gamma=0
 def advprop(logits, logits_adv, y):
     """Xie et al. 2020, "Adversarial Examples Improve Image Recognition" (AdvProp).
     [CE(p, y) + CE(p', y)] / 2, p' through its own BN
-    Their text adds the two; implementations average the concatenated batch, as here. Its row switches
-    --dual-bn on: x through the main BN, x' through the auxiliary one, which also crafts x', untargeted
-    (theirs aims at a random class). --recipe paper is Dallaire & David's, who craft through the main BN."""
+    Their text adds the two; implementations average the concatenated batch, as here. METHODS turns on
+    --dual-bn: x goes through the main BN, x' through the auxiliary one. The attack uses the auxiliary BN
+    and is untargeted; theirs aims at a random class. --recipe paper is Dallaire & David's, who craft through
+    the main BN."""
     return nat_adv(logits, logits_adv, y)
 
 def als(logits, y, *, alpha=0.1):
@@ -217,7 +218,7 @@ def iad1(logits, logits_adv, t_logits, t_logits_adv, y, progress, *, beta=0.1, s
          released=False):
     """Zhu et al. 2022, "Reliable Adversarial Distillation with Unreliable Teachers" (IAD-I).
     A KL(g || p') + (1 - A) KL(p || p'), A = (g'_y)^beta; until start: KL(g || p')
-    The teacher is trusted as far as it withstands the attack itself. --released: their code, whose first
+    The teacher's weight is its own confidence in y at x'. --released: their code, whose first
     term is not weighted by A. p is not detached. start: epoch 60 of 200."""
     taught = kl(logits_adv, t_logits)
     if progress < start:
@@ -272,7 +273,7 @@ class Method(NamedTuple):
     # it is differentiated. MSE's gradient has no bound, and would overflow at 2^10
     fp16_scale: float = 2.0 ** 10
 
-BESIDE = dict(init='normal')        # at x itself KL and MSE to the clean output have no gradient
+BESIDE = dict(init='normal')        # the attack starts beside x: at x the gradient of KL and of MSE is zero
 # plain momentum and a stepwise rate, as most code before one-cycle; milestones in shares of the training. The
 # attack's step is 2/255 also for those who step by .007
 STEPWISE = dict(schedule='step', lr=0.1, nesterov=False, weight_decay=2e-4)
@@ -298,12 +299,12 @@ METHODS = {
     'mart':       Method(mart,       climb_ce,  BESIDE, recipe=dict(
                       STEPWISE, epochs=120, lr=0.01, weight_decay=3.5e-3,
                       milestones=[74 / 120, 89 / 120, 99 / 120])),
-    # their code: a cosine from the first step on, AWP from epoch 10, five steps of eps / 2 in every epoch
-    # (fewer for early ones are overwritten there), weights averaged by 0.9 an epoch: here, in 390 steps
+    # their code: a cosine from the first step on, AWP from epoch 10, five steps of eps / 2 throughout (fewer
+    # for early epochs are set and then overwritten), weights averaged by 0.9 an epoch: here, in 390 steps
     'dkl':        Method(dkl,        climb_kl,  BESIDE, recipe=dict(
                       epochs=200, schedule='cosine', nesterov=False, eps_ramp=1.0, steps=5, step_size=4.0,
                       awp=0.005, awp_warmup=9 / 200, ema=0.9 ** (1 / 390), bn_order='adv-nat')),
-    # without their first epoch at a tenth of the rate
+    # theirs begins with an epoch at a fifth of the rate, which is left out
     'lbgat':      Method(lbgat,      climb_kl,  BESIDE, recipe=dict(
                       STEPWISE, epochs=100, milestones=[0.75, 0.9], bn_order='adv-nat')),
     'softmax_kl': Method(softmax_kl, climb_kl,  BESIDE, 'standard', recipe={}),

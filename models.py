@@ -316,8 +316,8 @@ def _network(name, num_classes, normalize, channels, size):
 # precision, layout, fewer layers
 
 def folded(net):
-    """A frozen copy of net in eval mode; convolutions that a BN follows hold it. The same function, up to
-    rounding."""
+    """A frozen copy of net in eval mode, each BN folded into the convolution before it. The same function,
+    up to rounding."""
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for m in net.modules():
         for conv, bn in ('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('0', '1'):
@@ -343,9 +343,9 @@ class Folded:
         return self.compiled(x)
 
 def folding_pays(net, dtype, device):
-    """Is an attack on Folded(net) faster? On a CPU that computes in bf16 by 11 to 18 % (ResNet-18 of width
-    16), in fp32 by nothing beyond noise; no GPU has been asked. tools/bench.py --add folded measures it. Only
-    where every BN is one, and behind a convolution."""
+    """True where attacking Folded(net) is faster: on a CPU that computes in bf16 by 11 to 18 % (ResNet-18 of
+    width 16), in fp32 by nothing beyond noise; not measured on a GPU (tools/bench.py --add folded). Requires
+    plain BN layers, each directly after a convolution."""
     kinds = {type(m) for m in net.modules()}
     return (device.type == 'cpu' and dtype is torch.bfloat16 and isinstance(net, (ResNet, MobileNetV2))
             and not kinds & {PreActBlock, PreActBlockOfX, DualBatchNorm2d})

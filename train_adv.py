@@ -25,7 +25,7 @@ from models import bn_branch
 from support import checkpoint, ddp, describe, files, refusals, runs, validation
 
 # -----------------------------------------------------------------------------
-# flags. A default of None is filled in below: by the dataset, the method, or the flag beside it
+# flags. A default of None is filled in below: by the dataset, the method, or as the help says
 parser = argparse.ArgumentParser(description=__doc__, epilog=describe.TABLE_HELP, allow_abbrev=False,
                                  add_help=False, formatter_class=argparse.RawDescriptionHelpFormatter)
 refusals.one_line(parser)
@@ -34,14 +34,14 @@ files.plain_output()
 arg = parser.add_argument_group('method').add_argument
 arg('--loss', default='logit_mse', choices=METHODS, help='see README.md; its hyper-parameters are flags')
 arg('--inner', choices=INNERS, help="what the attack maximises (default: the method's own)")
-arg('--targets', choices=TARGETS, help='soft labels in every cross-entropy to a label')
+arg('--targets', choices=TARGETS, help='soft in place of hard labels in every cross-entropy')
 arg('--smoothing', type=float, default=0.1, help='of --targets')
 arg('--recipe', default='default', choices=['default', 'paper'], help="paper: the method's own settings")
 arg('--teacher', metavar='PT', help='frozen teacher (default: a standard one, trained if need be)')
 arg('--standard-teacher', metavar='PT', help='second teacher, of iad2 and kd_swa')
 arg('--teacher-model', help='its architecture, if the file holds weights only (default: --model)')
 arg('--guide-model', help='architecture of the guide of lbgat (default: --model)')
-arg('--guide-width', type=int, help="channels of its first layer (default: --width; a --guide-model's own)")
+arg('--guide-width', type=int, help="default: --width, or with --guide-model its paper's")
 
 arg = parser.add_argument_group('attack, in pixels (0..255)').add_argument
 arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of L2 128, the usual 0.5)")
@@ -50,7 +50,7 @@ arg('--steps', type=int, default=10)
 arg('--norm', default='Linf', choices=['Linf', 'L2'])
 arg('--init', default='uniform', choices=['uniform', 'normal', 'zero'], help='TRADES and kin: normal')
 arg('--attack-bn', default='eval', choices=['eval', 'train', 'moving'],
-    help="BN in the attack: running statistics; the batch's; the batch's, and the running ones move")
+    help="BN in the attack: running statistics; the batch's; the batch's, updating the running ones")
 arg('--step-schedule', default='constant', choices=['constant', 'linear', 'cosine'], help='within one attack')
 arg('--eps-ramp', type=float, default=0, metavar='SHARE', help='eps grows from 0 over this share of training')
 arg('--free', type=int, default=0, metavar='M', help='M updates per batch, no PGD; divide --epochs by M')
@@ -58,9 +58,9 @@ arg('--free', type=int, default=0, metavar='M', help='M updates per batch, no PG
 arg = parser.add_argument_group('data and model').add_argument
 arg('--dataset', default='cifar10', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
 arg('--data-dir', default='data', metavar='DIR')
-arg('--augment', choices=data.AUGMENT, help="default: the dataset's; none for files of one's own")
+arg('--augment', choices=data.AUGMENT, help="default: the dataset's; none for your own files")
 arg('--subset', type=int, metavar='N', help='N training images only: the first')
-arg('--subset-seed', type=int, metavar='SEED', help='... or, with this, drawn at random')
+arg('--subset-seed', type=int, metavar='SEED', help='draw the --subset at random instead')
 arg('--extra', metavar='NPZ', help='images without labels')
 arg('--extra-fraction', type=float, default=0.5, help='share of them in every batch')
 arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION')
@@ -71,7 +71,7 @@ arg('--dual-bn', action='store_true', help="AdvProp's auxiliary BN for adversari
 arg('--craft-branch', default='aux', choices=['main', 'aux'], help='of --dual-bn: used by the attack')
 arg('--eval-branch', default='main', choices=['main', 'aux'], help='of --dual-bn: used in validation')
 arg('--bn-order', default='nat-adv', choices=['nat-adv', 'adv-nat', 'nat', 'adv'],
-    help='order of the student forwards; nat, adv: only that one moves BN statistics')
+    help='order of the student forwards; nat, adv: only that one updates BN statistics')
 arg('--warm-start', metavar='PT', help="start from these weights; 'teacher': from the teacher's")
 
 arg = parser.add_argument_group('optimisation').add_argument
@@ -84,7 +84,7 @@ arg('--milestones', type=float, nargs='+', default=[0.5, 0.75], help='of --sched
 arg('--nesterov', action=argparse.BooleanOptionalAction, default=True)
 arg('--weight-decay', type=float, default=5e-4)
 arg('--awp', type=float, default=0, metavar='GAMMA', help='adversarial weight perturbation (usual: 0.005)')
-arg('--awp-warmup', type=float, default=0.1, metavar='SHARE', help='of training, without it')
+arg('--awp-warmup', type=float, default=0.1, metavar='SHARE', help='share of training before it')
 arg('--ema', type=float, default=0, metavar='DECAY', help='averaged weights (usual: 0.995)')
 arg('--swa', type=float, default=0, metavar='SHARE', help='average epochs past this share of training')
 
@@ -102,7 +102,7 @@ arg('--dry-run', action='store_true', help='say what would be done and how long'
 first, _ = parser.parse_known_args()
 method = METHODS[first.loss]
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir))
-if first.model != parser.get_default('model'):      # the dataset's width is for that one
+if first.model != parser.get_default('model'):      # the dataset's width is the default model's
     parser.set_defaults(width=None)
 if first.norm == 'L2':
     parser.set_defaults(eps=128.0)
@@ -129,13 +129,15 @@ rank, world, device = ddp.init()
 loss_inputs, inner_inputs = needs(method.loss), needs(method.inner)
 wanted = asked_for(method)
 pseudo_labels = bool(args.extra) and 'y' in wanted              # the teacher labels the extra images
+if pseudo_labels:
+    wanted.add('t_logits')
 shape = dict(width=args.width, activation=args.activation)
 refusals.training(args, method, hp, parser.get_default, world)
 args.out = args.out or describe.name(args, parser.get_default, hp)
 refusals.attack(args)
 run = runs.Run(args)
 
-dtype = models.precision(args.amp, device)                      # None: fp32, and then without TF32 either
+dtype = models.precision(args.amp, device)      # None: fp32, and then without TF32 either
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
               augment=args.augment, device=device)
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
@@ -152,12 +154,7 @@ if 'guide_logits' in wanted:
     shape.update(refusals.guide_shape(args))
     guide = checkpoint.build(args.guide_model or args.model, d, '--guide-model', **shape)
 
-roles = []
-if 't_logits' in wanted or 't_logits_adv' in wanted or pseudo_labels:
-    roles.append('teacher')
-if 's_logits_adv' in wanted:
-    roles.append('standard_teacher')
-networks, teachers = checkpoint.load_teachers(args, roles, d, device)   # teachers: what is known of them
+networks, teachers = checkpoint.load_teachers(args, wanted, d, device)  # teachers: what is known of them
 teacher, standard_teacher = networks.get('teacher'), networks.get('standard_teacher')
 if args.warm_start:
     checkpoint.warm_start(student, args, d)
@@ -167,13 +164,13 @@ if args.sync_bn:
 averaged = checkpoint.copied(student) if args.ema or args.swa else None
 
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
-# The speed block. Without it all is the same, but slower. What is saved is `student`
+# The speed block. Without it the results are the same, only slower. Checkpoints hold `student`, never `net`
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [
         f and torch.compile(f, dynamic=False) for f in (student, guide, teacher, standard_teacher)]
 folds = args.compile and args.attack_bn == 'eval' and models.folding_pays(student, dtype, device)
-attacked_net = models.Folded(student) if folds else net         # BN within the convolutions of the attack
+attacked_net = models.Folded(student) if folds else net         # BN folded into the convolutions
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -185,11 +182,11 @@ optimizer = torch.optim.SGD(parameters, lr=args.lr, momentum=0.9, nesterov=args.
 if args.schedule == 'step':
     scheduler = MultiStepLR(optimizer, [round(m * total_steps) for m in args.milestones], gamma=0.1)
 else:
-    # momentum stays 0.9 as in the paper; 25 % of warm-up as in HAT's code. Fewer than 5 steps divide by zero
+    # momentum stays 0.9 as in the paper; 25 % of warm-up as in HAT's code. PyTorch divides by zero at 4 steps
     scheduler = OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps), cycle_momentum=False,
                            pct_start=0.25 if args.schedule == 'onecycle' else 0.0)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-if rank:                                # the noise of the attacks: each process its own
+if rank:        # each process draws its own attack noise
     torch.manual_seed(args.seed + 1_000_003 * rank)
 
 # -----------------------------------------------------------------------------
@@ -241,7 +238,7 @@ def student_logits(x, kind, moves_bn):
 
 def loss_on(x, x_adv, y, moves_bn=True):
     """Outer minimisation: method.loss, (B,). Only what it asks for is computed; x goes before x_adv, unless
-    --bn-order says otherwise. moves_bn=False leaves no trace."""
+    --bn-order says otherwise. moves_bn=False: no BN statistic and no class mean changes."""
     inputs = {}
     if 'logits' in loss_inputs and args.bn_order != 'adv-nat':
         inputs['logits'] = student_logits(x, 'nat', moves_bn)
@@ -334,7 +331,7 @@ def state():
                 averaged=averaged, optimizer=optimizer, scheduler=scheduler, scaler=scaler)
 
 def pseudo_label(x):
-    """(B,): what the teacher takes images without a label for."""
+    """(B,): the teacher's prediction, the label of images that have none."""
     with torch.no_grad():
         return logits_of(teacher_net, x).argmax(1)
 
@@ -359,12 +356,14 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
 
     while epoch <= args.epochs:
         student.train()
+        if guide:
+            guide.train()
         t0, images = time.perf_counter(), 0
         for x, y in run.progress(training_batches(), f'epoch {epoch}', total=steps_per_epoch, initial=batch):
             for _ in range(max(1, args.free)):
                 step_losses.append(update(x, y))
                 step += 1
-                if args.ema:                        # a short memory at first
+                if args.ema:                        # early weights are soon forgotten
                     move_average(1 - min(args.ema, (1 + step) / (10 + step)))
             batch += 1
             images += world * len(x)
@@ -372,7 +371,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         losses = torch.stack(step_losses)
         img_per_s = images / (time.perf_counter() - t0)
 
-        # of several processes: one mean loss, one set of BN statistics
+        # losses and BN statistics: means over the processes
         ddp.average([losses, class_sum, *ddp.buffers(student, guide, averaged)])
         if 'class_p' in loss_inputs:
             seen = class_sum.sum(1, keepdim=True)

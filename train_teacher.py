@@ -29,10 +29,10 @@ files.plain_output()
 arg = parser.add_argument_group('data and model').add_argument
 arg('--dataset', default='cifar10', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
 arg('--data-dir', default='data', metavar='DIR')
-arg('--augment', choices=data.AUGMENT, help="default: the dataset's; none for files of one's own")
+arg('--augment', choices=data.AUGMENT, help="default: the dataset's; none for your own files")
 arg('--subset', type=int, metavar='N', help='N training images only: the first')
-arg('--subset-seed', type=int, metavar='SEED', help='... or, with this, drawn at random')
-arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
+arg('--subset-seed', type=int, metavar='SEED', help='draw the --subset at random instead')
+arg('--model', default='resnet18', help=f'{models.NAMES}, or FILE.py:FUNCTION')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
 arg('--normalize', action=argparse.BooleanOptionalAction, default=False, help='the model standardises images')
 arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: softplus backward only')
@@ -40,7 +40,7 @@ arg('--activation', default='relu', choices=models.ACTIVATIONS, help='hybrid: so
 arg = parser.add_argument_group('optimisation').add_argument
 arg('--epochs', type=int, default=100)
 arg('--batch-size', type=int, default=128, help='of all processes together')
-arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory')
+arg('--accumulate', type=int, default=1, metavar='K', help='a batch in K parts: less memory; BN sees a part')
 arg('--lr', type=float, default=0.2, help='maximum of the schedule')
 arg('--schedule', default='onecycle', choices=['onecycle', 'cosine', 'step'], help='cosine: no warm-up')
 arg('--milestones', type=float, nargs='+', default=[0.5, 0.75], help='of --schedule step, shares of training')
@@ -53,13 +53,13 @@ arg('--amp', default='auto', choices=['auto', 'bf16', 'fp16', 'off'], help='auto
 arg('--compile', action='store_true', help='faster after a minute; a CPU needs a C++ compiler')
 arg('--sync-bn', action='store_true', help='under torchrun: BN statistics of the whole batch')
 arg('--out', metavar='DIR', help='default: runs/DATASET-MODEL-teacher, with every flag that differs')
-arg('--resume', action='store_true', help='continue the run in --out where it was stopped')
-arg('--save-minutes', type=float, default=10, help='save a state to resume from at least this often')
-arg('--dry-run', action='store_true', help='say what would be done and how long it would take, and stop')
+arg('--resume', action='store_true', help='continue the run in --out')
+arg('--save-minutes', type=float, default=10, help='save a state to resume from this often')
+arg('--dry-run', action='store_true', help='say what would be done and how long')
 
 first, _ = parser.parse_known_args()
 parser.set_defaults(**data.defaults(first.dataset, first.data_dir, teacher=True))
-if first.model != parser.get_default('model'):      # the dataset's width is for that one
+if first.model != parser.get_default('model'):      # the dataset's width is the default model's
     parser.set_defaults(width=None)
 args = parser.parse_args()
 
@@ -95,7 +95,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, nester
 if args.schedule == 'step':
     scheduler = MultiStepLR(optimizer, [round(m * total_steps) for m in args.milestones], gamma=0.1)
 else:
-    # OneCycleLR divides by zero for four or fewer steps
+    # PyTorch divides by zero at four steps
     scheduler = OneCycleLR(optimizer, args.lr, total_steps=max(5, total_steps), cycle_momentum=False,
                            pct_start=0.25 if args.schedule == 'onecycle' else 0.0)
 scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)

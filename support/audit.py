@@ -29,9 +29,9 @@ from support.probes import StraightThrough, Subject, gradient, random_search
 MIN_IMAGES = 10     # below, the three images of LIMIT would be a third of the evidence
 ALPHA = 0.01        # attacks that must not win: exact one-sided McNemar test. Of a sound network nearly all
                     # discordant images are on the other side, far from this level
-LIMIT = 0.03        # of the images, and at least three: what may befall a few borderline ones, like falling
-                    # to one more attack. Of 200 images on each of four networks Square broke none
-                    # that had withstood the gradients: at 95 % a rate below 1.5 %, and twice that is too many
+LIMIT = 0.03        # of the images, and at least three: a few borderline ones may fall to any further attack.
+                    # Of 200 images on each of four networks Square broke none that had withstood the
+                    # gradients: at 95 % a rate below 1.5 %, and twice that is too many
 GAP = 0.06          # CE may be weaker by this share and two standard deviations of the count: 100 images show
                     # 14 %, 400 show 9 %. Measured (40-90 images of CIFAR-10, 100 digits), the margin gains
                     # -6 to 9 % on PGD-AT, TRADES, logit-MSE, AdaAD; on LTD 5-8 % at tau 5, 14-18 % at 15

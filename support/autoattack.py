@@ -17,7 +17,7 @@ import logging
 
 
 PARTS = ['apgd-ce', 'apgd-t', 'fab-t', 'square']
-FAST = PARTS[:2]                    # by these two nearly every image falls that falls at all
+FAST = PARTS[:2]                    # these two break nearly every image that AutoAttack breaks
 
 def package():
     """(name, version) of the package that is used. Raises ImportError where there is none."""

@@ -170,6 +170,8 @@ def load_teacher(path, args, d, device):
     width = None if args.teacher_model else args.width          # a --teacher-model's own
     net, meta = load_checkpoint(path, args.teacher_model or args.model, d.classes, flag='--teacher-model',
                                 width=width, channels=d.x_train.shape[-1])
+    if args.teacher_model and 'config' in meta and '.py:' not in args.teacher_model:
+        say(f'note: {path} says itself what it is, {net.build_args["name"]}: --teacher-model is not for it')
     if meta.get('dataset', args.dataset) != args.dataset:
         raise Refused(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
     for m in net.modules():                                     # of its two, the BN it was validated with
@@ -179,10 +181,16 @@ def load_teacher(path, args, d, device):
     return net, dict(path=path, fingerprint=fingerprint(net), trained_with=meta.get('loss'),
                      stored_clean=meta.get('val_clean'))
 
-def load_teachers(args, roles, d, device):
-    """roles: flags of train_adv.py, 'teacher' and 'standard_teacher', that name files; where a flag is
-    None it is set to the standard teacher, which is trained if need be. -> {role: network}, {role: what
-    is known of it}. --dry-run trains none, and takes an untrained network to measure with."""
+def load_teachers(args, wanted, d, device):
+    """wanted: names of the inputs of a loss and its attack. -> {role: network}, {role: what is known of it};
+    a role is a flag of train_adv.py that names a file, 'teacher' or 'standard_teacher'. Where the flag is
+    None it is set to the standard teacher, which is trained if need be; --dry-run trains none, and takes an
+    untrained network to measure with."""
+    roles = []
+    if 't_logits' in wanted or 't_logits_adv' in wanted:
+        roles.append('teacher')
+    if 's_logits_adv' in wanted:
+        roles.append('standard_teacher')
     networks, known = {}, {}
     for role in roles:
         path = getattr(args, role) or standard_teacher(args)

@@ -1,7 +1,7 @@
 """
 Several processes, one per GPU: torchrun --nproc-per-node 2 train_adv.py ... Each takes its share of every
 batch. Gradients are averaged by hand and not by DistributedDataParallel: a step has two or three forwards,
-AWP differentiates once more, and the 45 MB of a ResNet-18 take a millisecond.
+AWP takes one more gradient, and the 45 MB of a ResNet-18 take a millisecond.
 """
 import os
 import sys

@@ -18,7 +18,7 @@ STYLE = {'font.size': 8, 'axes.titlesize': 8, 'figure.titlesize': 8, 'lines.mark
          'hatch.linewidth': 0.6, 'legend.frameon': False, 'pdf.fonttype': 42,
          'axes.spines.top': False, 'axes.spines.right': False}
 
-# no eye confuses them: of eight series Okabe's and Ito's, of ten classes Paul Tol's
+# safe for colour-blind readers: Okabe's and Ito's for up to eight series, Paul Tol's for ten classes
 EIGHT = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#AAAAAA', '#F0E442']
 TEN = ['#332288', '#88CCEE', '#44AA99', '#117733', '#999933',
        '#DDCC77', '#CC6677', '#882255', '#AA4499', '#777777']

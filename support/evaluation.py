@@ -152,8 +152,11 @@ def networks(args, run, d, device):
         width = args.transfer_width
         if not args.transfer_model:                 # of the same architecture, where nothing else is said
             width = width or args.width
-        source, _ = load_checkpoint(args.transfer_from, args.transfer_model or args.model, d.classes,
-                                    flag='--transfer-model', width=width, **shape)
+        source, known = load_checkpoint(args.transfer_from, args.transfer_model or args.model, d.classes,
+                                        flag='--transfer-model', width=width, **shape)
+        own_code = '.py:' in source.build_args['name']          # --transfer-model says that it may be run
+        if 'config' in known and (args.transfer_model and not own_code or args.transfer_width):
+            refuse(f'{args.transfer_from} says itself what it is: drop --transfer-model and --transfer-width')
         source = source.to(device).requires_grad_(False)
     return model.to(device), meta, source
 

@@ -18,7 +18,7 @@ def refuse(message):
 
 def one_line(parser):
     """From here on a Refused ends the script with its line and status 2, and Ctrl-C with a line; anything
-    else is a fault of ours and keeps its traceback. argparse's own errors lose the usage in front of them."""
+    else is a fault of ours and keeps its traceback. argparse's errors are printed without the usage line."""
     def error(message):
         print(f'{parser.prog}: error: {message}', file=sys.stderr)
         sys.exit(2)
@@ -96,7 +96,7 @@ def attack(args):
         refuse(f'--eps {eps:g}: eps is in {pixels}; {hint}; for 8/255 write --eps 8')
     elif eps > 255:
         refuse(f'--eps {eps:g}: {pixels}')
-    # 0.007, 0.003: a fraction again, and an attack that stands still
+    # 0.007, 0.003: a fraction of the range again: the attack would hardly move
     if not eps / 100 <= args.step_size <= max(255, eps):
         refuse(f'--step-size {args.step_size:g}: in pixels, at least a hundredth of eps; 2/255 is 2, '
                '0.007 is 1.8')
@@ -123,6 +123,8 @@ def optimisation(args, default, world=1):
         refuse('--milestones: shares of the training, from 0 to 1')
     if args.schedule != 'step':
         unused(args, default, f'with --schedule {args.schedule}', 'milestones')
+    if args.sync_bn and world == 1:
+        refuse('--sync-bn does nothing in one process: leave it out')
     if args.compile and not torch.cuda.is_available() and (args.width or 64) < 8:
         refuse(f'--compile --width {args.width}: on a CPU oneDNN crashes on fewer than 8 channels')
     parts = world * args.accumulate
@@ -204,6 +206,8 @@ def training(args, method, hp, default, world=1):
         refuse(f'--loss {loss} takes no --teacher')
     if args.standard_teacher and 's_logits_adv' not in asked:
         refuse(f'--loss {loss} takes no --standard-teacher')
+    if args.teacher_model and not (args.teacher or args.standard_teacher):
+        refuse('--teacher-model is the architecture of the file that --teacher names: give both')
     if method.teacher == 'robust' and not args.teacher:
         refuse(f'--loss {loss} learns from a robust teacher: pass --teacher, '
                'for instance the best.pt of a --loss trades run')
@@ -215,8 +219,11 @@ def training(args, method, hp, default, world=1):
         refuse(f'--loss {loss} trains no guide: leave out --guide-model and --guide-width')
 
     # attack
-    if METHODS[loss].inner is None and (args.inner or args.free):
-        refuse(f'--loss {loss} attacks nothing')
+    if METHODS[loss].inner is None:
+        if args.inner or args.free:
+            refuse(f'--loss {loss} attacks nothing')
+        unused(args, default, f'with --loss {loss}, which attacks nothing',
+               'steps', 'step_schedule', 'init', 'attack_bn', 'eps_ramp')
     if args.inner and args.free:
         refuse('--free has no attack for --inner to change')
     if args.free and (args.norm != 'Linf' or args.accumulate > 1):

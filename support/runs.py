@@ -3,8 +3,8 @@ What keeps a training alive, and what it leaves behind: a folder with a lock, a 
 signals, full disks and closed terminals.
 
     run = Run(args)                                 # locks args.out
-    saved = run.begin(config, state)                # the same run as in the folder, or it is refused
     with run.guarded():
+        saved = run.begin(config, state)            # the same run as in the folder, or it is refused
         for x, y in run.progress(batches, 'epoch 1', total):
             ...
             run.save_if_due(state)
@@ -286,7 +286,7 @@ class Run:
         if threading.current_thread() is threading.main_thread() and not self.args.dry_run:
             for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', None),
                            getattr(signal, 'SIGUSR1', None)):
-                if number is None or signal.getsignal(number) is signal.SIG_IGN:        # nohup stays nohup
+                if number is None or signal.getsignal(number) is signal.SIG_IGN:        # nohup ignores SIGHUP
                     continue
                 before[number] = signal.signal(number, self._signal)
         intact = f'{self.folder} holds what was saved before, and --resume continues'

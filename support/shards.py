@@ -6,7 +6,7 @@ command goes on where it was; started several times over, as other shards, it sh
     for i, result in saved.batches('pgd', 0, todo, 50, attack):
         ...         # i: the images of the k-th batch; attack(k, i) -> a dict of tensors, numbers, strings
 
-What is computed must depend on the fingerprint, the name and the batch alone: each is seeded by itself.
+What is computed must depend on the fingerprint, the name and the batch alone: every batch has its own seed.
 """
 import contextlib
 import glob

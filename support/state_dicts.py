@@ -6,8 +6,6 @@ Somebody else's weights: files that are not ours, the state dict in them, the ke
     weights, notes = fitted(weights, net.state_dict())   # keys as they are first, then less and less so
 """
 import argparse
-import contextlib
-import pickletools
 import re
 import warnings
 import zipfile
@@ -21,16 +19,10 @@ from support.files import Refused
 # where others keep a state dict, the first that is there is taken; EMA last: it is said where a file has both
 CONTAINERS = ('state_dict', 'model_state_dict', 'model', 'net', 'network', 'params',
               'state_dict_ema', 'model_ema', 'ema', 'ema_state_dict', 'params_ema')
-DANGEROUS = {'os', 'posix', 'nt', 'subprocess', 'sys', 'builtins', '__builtin__', 'shutil', 'socket', 'runpy',
-             'importlib', 'ctypes', 'pty', 'code', 'webbrowser', 'commands', 'pdb', 'asyncio', 'operator',
-             'multiprocessing', 'urllib', 'requests'}
 # plain values that trainings keep beside the weights: numpy's numbers, and their flags
 SCALAR = np.float64(0).__reduce__()[0]
 SAFE = [argparse.Namespace, np.dtype, SCALAR, (SCALAR, 'numpy.core.multiarray.scalar'),        # of numpy 1
         *{type(np.dtype(kind)) for kind in '?bBhHiIlLqQefd'}]
-HARMLESS = {'builtins.set', '__builtin__.set', 'builtins.bytearray', 'builtins.list', 'builtins.dict',
-            'builtins.int', 'builtins.float', 'builtins.tuple', 'builtins.complex', 'builtins.slice',
-            'builtins.getattr', '__builtin__.getattr'}          # of a bound method
 
 # -----------------------------------------------------------------------------
 # files
@@ -52,16 +44,23 @@ def read(path):
     _refuse_damaged(path)
     try:
         with torch.serialization.safe_globals(SAFE), warnings.catch_warnings():
-            warnings.simplefilter('ignore')         # of the pickle's protocol, which is named below
+            warnings.simplefilter('ignore')         # of the pickle's protocol
             return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:                          # zip, pickle, EOF, EINVAL: whatever a file provokes
-        why = _why_not_loaded(path)
-        if why:
-            raise Refused(f'{path} {why}') from e
-        if 'TorchScript' in str(e):
+        text = str(e)
+        if blocked := re.search(r'GLOBAL (\S+) whose module \S+ is blocked', text):
+            raise Refused(f'{path} would run {blocked[1]} when it is unpickled: a malicious pickle. Nothing '
+                          'was executed; delete it, and doubt where it came from') from e
+        if 'TorchScript' in text:
             raise Refused(f'{path} is a TorchScript archive: save the state dict of the module '
                           'it was made of') from e
-        if 'Unsupported' in str(e):
+        if 'Unsupported operand' in text:               # of pickle protocol 4 or 5
+            raise Refused(f'{path} was saved with a pickle_protocol that PyTorch reads only where the file '
+                          'may run any code: ask for torch.save(state_dict, path) alone') from e
+        if unknown := re.search(r'GLOBAL (\S+) was not an allowed', text):
+            raise Refused(f'{path} holds {unknown[1]} beside tensors, which could run any code, and is not '
+                          'unpickled: save its state dict alone') from e
+        if 'Unsupported' in text:
             raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
                           'save its state dict alone') from e
         raise Refused(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
@@ -89,39 +88,6 @@ def _safetensors(path):
     except Exception as e:
         problem = f'{path} is a damaged safetensors file ({type(e).__name__}: {e})'
         raise Refused(problem.splitlines()[0]) from e
-
-def _why_not_loaded(path):
-    """What in a file's pickle keeps torch.load(weights_only=True) from it, as half a sentence, or None."""
-    protocol, names = _pickled(path)
-    evil = [n for n in names if n.split('.')[0] in DANGEROUS and n not in HARMLESS]
-    if evil:
-        return (f'would run {evil[0]} when it is unpickled: a malicious pickle. Nothing was executed; '
-                'delete it, and doubt where it came from')
-    if protocol is not None and protocol > 2:
-        return (f'was saved with pickle_protocol={protocol}, which PyTorch reads only where it may run any '
-                'code: save it again with torch.save(state_dict, path) alone')
-    return None
-
-def _pickled(path):
-    """-> protocol of the first pickle in path, and the module.function names in all; nothing is run."""
-    names, strings, protocol = [], [], None
-    with contextlib.suppress(Exception), contextlib.ExitStack() as stack:      # what is no pickle ends it
-        if zipfile.is_zipfile(path):
-            z = stack.enter_context(zipfile.ZipFile(path))
-            f = stack.enter_context(z.open(next(n for n in z.namelist() if n.endswith('data.pkl'))))
-        else:
-            f = stack.enter_context(open(path, 'rb'))
-        for _ in range(5):                          # before PyTorch 1.6 a file was five pickles in a row
-            for op, value, _ in pickletools.genops(f):
-                if op.name == 'PROTO' and protocol is None:
-                    protocol = value
-                elif op.name in ('GLOBAL', 'INST'):
-                    names.append(value.replace(' ', '.'))
-                elif op.name == 'STACK_GLOBAL':
-                    names.append('.'.join(strings[-2:]))
-                elif isinstance(value, str):
-                    strings.append(value)
-    return protocol, names
 
 # -----------------------------------------------------------------------------
 # state dicts

@@ -111,7 +111,7 @@ def test_fast_equals_plain(loss):
         assert torch.allclose(value, value2, rtol=1e-3), tricks
         assert torch.allclose(weights, weights2, rtol=1e-3, atol=1e-4), tricks
 
-def test_fast_is_what_train_adv_does(tmp_path):
+def test_the_eager_step_is_that_of_train_adv(tmp_path):
     train = run('train_adv.py', '--loss', 'trades', *TINY, *SMALL, '--epochs', 1, '--batch-size', 32,
                 '--out', tmp_path)
     s = setting('trades', init=train['args'].init)
@@ -124,12 +124,6 @@ def test_fast_is_what_train_adv_does(tmp_path):
     assert torch.equal(x_adv, train['craft'](X, Y))
     inputs = steps.inputs(losses.needs(s.method.loss), net, None, X, x_adv, Y)
     assert torch.equal(s.method.loss(**inputs), train['loss_on'](X, x_adv, Y))
-
-@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2', 'wrn-10-1', 'preactresnet18'])
-def test_folded_is_the_network_in_eval_mode(name):
-    net = models.build(name, 10, width=4)
-    net(X)                                          # moves the statistics
-    assert torch.allclose(models.folded(net)(X), net.eval()(X), atol=1e-4)
 
 def test_folded_is_folded_anew_before_every_attack():
     s = setting('logit_mse')._replace(network=dict(name='resnet18', width=8))

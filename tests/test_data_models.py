@@ -44,7 +44,7 @@ def test_digits_are_the_real_ones():
 
 def test_batches_are_seeded_and_in_range():
     d = data.load('synthetic', subset=100)
-    epochs = [list(data.batches(d.x_train, d.y_train, 32, True, torch.Generator().manual_seed(5)))
+    epochs = [list(data.batches(d.x_train, d.y_train, 32, 'crop+flip', torch.Generator().manual_seed(5)))
               for _ in range(2)]
     assert [len(y) for _, y in epochs[0]] == [32, 32, 32]       # whole batches only
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*epochs))

@@ -17,6 +17,39 @@ from test_options import train
 from test_smoke import HERE, run, teacher   # teacher: a fixture
 from tools import methods
 
+class Parsed(Exception):
+    pass
+
+def flags_of(script, monkeypatch):
+    """name -> action of argparse, of all flags of a script."""
+    parse, calls = argparse.ArgumentParser.parse_known_args, 1 if script == 'evaluate.py' else 2
+    def stop(parser, *args, **kwargs):
+        nonlocal calls
+        calls -= 1
+        if not calls:                               # the last: the others ask for the dataset and the loss
+            raise Parsed(parser)
+        return parse(parser, *args, **kwargs)
+    with monkeypatch.context() as patched, pytest.raises(Parsed) as e:
+        patched.setattr(argparse.ArgumentParser, 'parse_known_args', stop)
+        run(script)
+    return {action.option_strings[0]: action for action in e.value.args[0]._actions if action.option_strings}
+
+def test_the_same_flag_means_the_same_in_every_script(monkeypatch):
+    adv, teacher, evaluate = [flags_of(script, monkeypatch)
+                              for script in ('train_adv.py', 'train_teacher.py', 'evaluate.py')]
+    def meaning(action):
+        return type(action), action.type, action.nargs, action.choices and list(action.choices)
+    shared = (adv.keys() & teacher.keys()) - {'-h'}
+    assert {'--dataset', '--model', '--lr', '--amp', '--resume'} <= shared
+    for name in shared:
+        assert meaning(adv[name]) == meaning(teacher[name]), name
+        assert adv[name].default == teacher[name].default, name
+        assert name == '--out' or adv[name].help == teacher[name].help, name
+    shared = (adv.keys() & evaluate.keys()) - {'-h'}        # there the defaults are those of the training
+    assert {'--dataset', '--eps', '--step-size', '--norm', '--seed'} <= shared
+    for name in shared:
+        assert meaning(adv[name]) == meaning(evaluate[name]), name
+
 def test_dry_run_times_one_batch_of_the_validation_and_can_be_stopped(tmp_path, monkeypatch, capsys):
     seen, attack = [], validation.pgd
     def spy(*args, **kwargs):
@@ -87,12 +120,14 @@ def test_the_guide_of_another_architecture_is_not_shaped_by_the_student_s_flags(
     assert (config['width'] or 16, config['activation']) == (width, activation)
 
 def test_a_guide_of_one_s_own_code_goes_with_a_dataset_s_width(tmp_path):
-    (tmp_path / 'net.py').write_text('import torch\nmake = lambda: torch.nn.Sequential(torch.nn.Flatten(), '
-                                     'torch.nn.Linear(3072, 10))')
+    (tmp_path / 'net.py').write_text('from torch.nn import *\nmake = lambda: Sequential('
+                                     'BatchNorm2d(3), Flatten(), Linear(3072, 10)).eval()')
     script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1,
                  '--amp', 'off', '--loss', 'lbgat', '--guide-model', f'{tmp_path}/net.py:make',
                  '--out', tmp_path / 'out')
-    assert script['args'].width == 8 and sum(p.numel() for p in script['guide'].parameters()) == 30730
+    guide = script['guide']
+    assert script['args'].width == 8 and sum(p.numel() for p in guide.parameters()) == 30736
+    assert guide.training and guide[0].num_batches_tracked > 0      # however make() returns it
 
 @pytest.mark.parametrize('script', ['train_adv.py', 'train_teacher.py'])
 def test_a_dataset_s_width_is_of_the_default_network(script, tmp_path):

@@ -54,7 +54,7 @@ def test_training_crops_repeat_with_the_seed_and_differ_by_epoch(folder):
     def epoch(seed, **options):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.get_rng_state()
-        out = list(data.batches(d.x_train, d.y_train, 8, True, generator, **options))
+        out = list(data.batches(d.x_train, d.y_train, 8, 'crop+flip', generator, **options))
         assert torch.equal(noise, torch.get_rng_state())            # that of the attack is not touched
         return out
     a, b, c = epoch(0), epoch(0), epoch(1)
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_named_and_replaced_in_training_and_refused_in_evaluat
     bad[0].write_bytes(bad[0].read_bytes()[:300])                   # truncated
     bad[1].write_bytes(b'')
     out = [torch.cat(part) for part in zip(*data.batches(
-        d.x_train, d.y_train, 8, True, torch.Generator().manual_seed(0)))]
+        d.x_train, d.y_train, 8, 'crop+flip', torch.Generator().manual_seed(0)))]
     assert len(out[1]) == 32
     assert ((out[0].mean((1, 2, 3)) * 255 - 60) / 40).round().long().tolist() == out[1].tolist()
     said = capsys.readouterr().err
@@ -84,7 +84,7 @@ def test_a_damaged_file_is_named_and_replaced_in_training_and_refused_in_evaluat
     for path in d.x_train.paths:
         pathlib.Path(path.decode()).write_bytes(b'<html>')
     with pytest.raises(OSError, match='cannot read .*, .*, '):
-        next(data.batches(d.x_train, d.y_train, 8, True, torch.Generator()))
+        next(data.batches(d.x_train, d.y_train, 8, 'crop+flip', torch.Generator()))
 
 def test_robustbenchs_5000_are_taken_in_their_order(tmp_path):
     numbers = (HERE / 'support/imagenet5000.txt').read_text().split()

@@ -77,6 +77,12 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss pgd_at --awp-warmup 0.5', '--awp-warmup does nothing without --awp'),
     ('train_adv.py', '--loss pgd_at --extra-fraction 0.9', '--extra-fraction does nothing without --extra'),
     ('train_adv.py', '--loss pgd_at --teacher-model resnet34', 'which has no teacher: leave it out'),
+    ('train_adv.py', '--loss logit_mse --teacher-model resnet34', 'that --teacher names: give both'),
+    ('train_adv.py', '--loss standard --init zero', '--init does nothing with --loss standard'),
+    ('train_adv.py', '--loss als --steps 50', '--steps does nothing with --loss als, which attacks nothing'),
+    ('train_adv.py', '--loss trades --sync-bn', '--sync-bn does nothing in one process'),
+    ('train_teacher.py', '--sync-bn', '--sync-bn does nothing in one process'),
+    ('train_teacher.py', '--dataset imagenet --model resnet18 --augment crop', 'flipped, or none'),
     ('train_adv.py', '--loss lbgat --guide-model resnet99', "--guide-model: unknown model 'resnet99'"),
     ('train_adv.py', '--loss lbgat --guide-model net.py:make --guide-width 77',
      '--guide-model net.py:make makes the whole network'),
@@ -124,6 +130,8 @@ BAD = [     # script, arguments, what the one line has to say
     ('evaluate.py', '{tmp}/bare.pt --dataset synthetic --model {tmp}/net.py:make --width 4', 'drop --width'),
     ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --shard 2/2', 'I from 0 to N-1'),
     ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --branch aux', 'has no dual BN'),
+    ('evaluate.py', '{tmp}/ten.pt --dataset synthetic --transfer-from {tmp}/ten.pt --transfer-model resnet34',
+     'says itself what it is: drop --transfer-model'),
     ('evaluate.py', '{tmp}/classes.pt --attacks pdg', "invalid choice: 'pdg'"),
 ]
 

@@ -33,7 +33,7 @@ def test_an_optimiser_within_awp_is_told_that_its_step_would_be_lost(net):
     def objective():
         return F.cross_entropy(net(X), torch.zeros(len(X), dtype=torch.int64))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match='optimizer.step.. belongs behind the block'):
+    with pytest.raises(RuntimeError, match='optimizer.step.. comes after the block'):
         with attacks.weights_perturbed(net, objective, gamma=0.01):
             objective().backward()
             optimizer.step()

@@ -302,7 +302,7 @@ def test_what_does_not_go_together(capsys):
         assert ended.value.code == 2 and text in capsys.readouterr().err
 
 def test_rows_are_what_they_are_said_to_be():
-    """Every paper row that wants a teacher gets one, and no flag is left to a row by accident."""
+    """Every paper row that wants a teacher gets one, and no other does."""
     from losses import METHODS
     for name in PAPERS:
         for row in TABLES[name].rows.values():

@@ -59,7 +59,7 @@ def test_kill_9_five_times(teacher, undisturbed, tmp_path):
     command = [*ADV, str(tmp_path), '--teacher', teacher, *EVERYTHING]
     kills = 0
     for attempt in range(5):
-        process = started(command + ['--resume'] * (attempt > 0))
+        process = started([*command, '--resume'] if attempt else command)
         begun(tmp_path, process)
         time.sleep(draw.uniform(0, 2))
         process.kill()

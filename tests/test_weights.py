@@ -117,7 +117,7 @@ def test_pickle_protocols(net, tmp_path):
         try:
             loaded = checkpoint.load_checkpoint(tmp_path / 'w.pt', 'resnet18', 10, width=4)[0]
         except Refused as e:
-            assert f'pickle_protocol={protocol}' in str(e) and '\n' not in str(e)
+            assert 'pickle_protocol' in str(e) and '\n' not in str(e)
         else:                                           # of a torch that can
             assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(net)
 
@@ -129,14 +129,15 @@ def test_what_stands_beside_the_weights_is_not_run(net, tmp_path):
             load(tmp_path / 'w.pt', {'model': net.state_dict(), 'thing': thing})
 
 @pytest.mark.parametrize('zipped', [True, False])
-@pytest.mark.parametrize('protocol', [2, 4])
-def test_a_malicious_pickle_is_called_one_and_not_run(zipped, protocol, net, tmp_path):
+@pytest.mark.parametrize('protocol, says', [
+    (2, f'would run {os.system.__module__}.system .*malicious'), (4, 'may run any code')])
+def test_a_malicious_pickle_is_called_one_and_not_run(zipped, protocol, says, net, tmp_path):
     class Payload:
         def __reduce__(self):
             return os.system, (f'touch {tmp_path}/ran',)
     torch.save({'state_dict': net.state_dict(), 'epoch': Payload()}, tmp_path / 'w.pt',
                pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(Refused, match=f'would run {os.system.__module__}.system .*malicious') as e:
+    with pytest.raises(Refused, match=says) as e:
         checkpoint.read(tmp_path / 'w.pt')
     assert '\n' not in str(e.value) and not (tmp_path / 'ran').exists()
 

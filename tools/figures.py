@@ -88,8 +88,9 @@ def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=
     Every picture that there is material for, saved into the folder out (None: beside the report); returns
     name -> Figure. paths: of a report, or a list of them, of one dataset and eps. checkpoints: theirs;
     'none'; None for those that they name. n: images of the pictures that need a checkpoint (None: those of
-    the report, of the curve over eps at most 1,000); per_class: of t-SNE at most. model: FILE.py:FUNCTION, if
-    they are of a network of one's own. Raises Refused before any work, and OSError.
+    the report); of them the curve over eps takes at most 1,000, and t-SNE at most per_class of a class.
+    model: FILE.py:FUNCTION, if they are of a network of one's own. Raises Refused before any work, and
+    OSError.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -145,7 +146,7 @@ def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=
             with attack_mode(net), models.bn_branch(net, report['args'].get('branch')):
                 if not curves[label]:
                     radii = [eps * k / 8 for k in (0, 1, 2, 3, 4, 6, 8, 10, 12, 16)]
-                    some = slice(n or 1000)
+                    some = slice(1000)
                     curves[label] = eps_curve(net, x[some], y[some], radii, norm)
                     which = f'{len(y[some])} test images'
                 drawn = of_network(net, report, x, y, names, per_class, label)
@@ -167,7 +168,7 @@ if __name__ == '__main__':
     parser.add_argument('--model', metavar='FILE.py:FUNCTION', help="of reports of a network of one's own")
     parser.add_argument('--data-dir', metavar='DIR', help="default: the report's")
     parser.add_argument('--n', type=int, metavar='N',
-                        help="the first N test images (default: the report's; against eps at most 1,000)")
+                        help="the first N test images (default: the report's); against eps at most 1,000")
     parser.add_argument('--per-class', type=int, default=300, help='images of t-SNE, at most')
     parser.add_argument('--out', metavar='DIR', help='default: beside the first report')
     args = parser.parse_args()

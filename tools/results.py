@@ -166,4 +166,5 @@ def draw(plan, found):
             return
         if not os.path.exists(last) or max(map(os.path.getmtime, reports)) > os.path.getmtime(last):
             from tools import figures
-            figures.draw(reports, out=plan.results, data_dir=os.path.abspath(plan.data_dir))
+            # 300 of every class are more than the reports' images at scale cpu
+            figures.draw(reports, out=plan.results, data_dir=os.path.abspath(plan.data_dir), n=10_000)
