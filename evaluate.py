@@ -51,7 +51,7 @@ arg('--norm', choices=['Linf', 'L2'])
 arg('--n', type=int, help='the first N test images (default: all)')
 arg('--draw', action='store_true', help='N test images drawn with --seed instead')
 
-arg = parser.add_argument_group("somebody else's weights").add_argument
+arg = parser.add_argument_group('third-party weights').add_argument
 arg('--model', help=f'{models.NAMES}, or FILE.py:FUNCTION that returns the network')
 arg('--width', type=int, help="channels of the first layer (default: the paper's)")
 arg('--mean', type=float, nargs='+', metavar='M',
@@ -353,4 +353,8 @@ if shard[1] == 1:
     saved.delete()
 files.say(args.out)
 if args.figures and saved.mine(0):
-    summary.draw(args.out, args.checkpoint, args.model)
+    from tools import figures                           # matplotlib, where it is asked for
+    try:
+        figures.draw(args.out, args.checkpoint, model=args.model)
+    except (files.Refused, ValueError, OSError) as e:
+        sys.exit(f'no figures: {e}')                    # the report is there

@@ -5,7 +5,6 @@ confusions, and what makes a reader doubt the figures.
 import json
 import math
 import re
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -123,14 +122,6 @@ def write(path, report):
     text = re.sub(r'\[[\d\s,.eE+-]+\]', lambda numbers: ' '.join(numbers[0].split()), text)
     with atomic(path) as tmp, open(tmp, 'w') as f:
         f.write(text)
-
-def draw(report, checkpoint, model):
-    """--figures. Ends the script with a line if they cannot be drawn: the report is there."""
-    from tools.figures import draw              # matplotlib, where it is asked for
-    try:
-        draw(report, checkpoint, model=model)
-    except (Refused, ValueError, OSError) as e:
-        sys.exit(f'no figures: {e}')
 
 # -----------------------------------------------------------------------------
 # doubts

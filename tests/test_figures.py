@@ -409,7 +409,9 @@ def test_the_reports_of_this_repository_can_be_drawn(tmp_path):
     paths = [path for path in paths if 'results' in json.loads(path.read_text())]       # not those of speed
     assert len(paths) > 10
     for path in paths:
-        figures.draw(path, 'none', tmp_path / path.stem)
+        reading.load(path)
+    for path in {path.parent: path for path in paths}.values():
+        figures.draw(path, 'none', tmp_path / path.parent.name)
 
 def test_code_that_a_report_names_runs_only_if_the_user_names_it(tmp_path):
     """The report of a network of one's own, and beside it the checkpoint and the code that it names."""

@@ -1,9 +1,10 @@
 """What is pasted into somebody else's code says what is wrong there, and is right where ours never goes."""
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-import attacks, losses, models
+import attacks, data, losses, models
 from support import checkpoint
 from test_smoke import X, net
 
@@ -80,3 +81,54 @@ def test_a_teacher_s_weights_alone_are_said_to_be_of_images_as_they_are(tmp_path
                         ('--teacher-model', 'else --teacher-model FILE.py')):
         _, meta = checkpoint.load_checkpoint(tmp_path / 'w.pt', 'resnet18', 10, width=4, flag=flag)
         assert other in meta['weights']
+
+def test_a_standard_teacher_read_at_x_adv_teaches_nothing_and_read_at_x_does():
+    """AdaAD's target moves with the attack: a student that falls with its standard teacher has no loss."""
+    eps, step_size = 0.2, 0.05
+    torch.manual_seed(0)
+    d = data.load('digits')
+    x, x_test = [data.to_float(images)[:, :1, ::4, ::4].contiguous()
+                 for images in (d.x_train, d.x_test[:200])]
+
+    def network():
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+
+    def train(net, loss, lr):
+        optimizer = torch.optim.SGD(net.parameters(), lr, momentum=0.9)
+        for _ in range(300):
+            batch = torch.randint(len(x), (128,))
+            loss(x[batch], d.y_train[batch]).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def robust(net):
+        y = d.y_test[:200]
+        with attacks.attack_mode(net):
+            x_adv = attacks.pgd(lambda x_adv: losses.ce(net(x_adv), y), x_test, eps=eps, step_size=step_size,
+                                steps=20)
+        return (net(x_adv).argmax(1) == y).float().mean().item()
+
+    teacher = network()
+    train(teacher, lambda x, y: losses.ce(teacher(x), y), lr=0.1)
+
+    def student(method):
+        net = network()
+        net.load_state_dict(teacher.state_dict())
+
+        def loss(x, y):
+            t_logits = teacher(x).detach()
+            def objective(x_adv):
+                given = dict(logits_adv=net(x_adv), t_logits=t_logits, t_logits_adv=teacher(x_adv))
+                return method.inner(**{name: given[name] for name in losses.needs(method.inner)})
+            with attacks.attack_mode(net):
+                x_adv = attacks.pgd(objective, x, eps=eps, step_size=step_size, steps=5, init='normal')
+            given = dict(logits=net(x), logits_adv=net(x_adv), t_logits=t_logits,
+                         t_logits_adv=teacher(x_adv).detach())
+            return method.loss(**{name: given[name] for name in losses.needs(method.loss)}, scale=1.0)
+
+        train(net, loss, lr=0.05)
+        return robust(net)
+
+    assert robust(teacher) < 0.05
+    assert student(losses.METHODS['adaad']) < 0.05
+    assert student(losses.METHODS['rslad']) > 0.25

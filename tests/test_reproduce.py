@@ -19,6 +19,7 @@ import pytest
 import models
 from support import checkpoint, files, refusals
 from support.files import Refused
+from test_smoke import HERE
 from tools import plan as plans
 from tools import reproduce, results
 from tools.tables import EVALUATIONS, TABLES, Row
@@ -151,6 +152,15 @@ def test_the_reports_of_small_are_still_the_tables():
     assert 'python train_teacher.py --model resnet18 --width 8 --epochs 15 --out runs/small/teacher' in text
     # chosen by clean accuracy, in epoch 3; under PGD-20 the first was the best
     assert '| 3.5 (3) / 3.5 | 18 | 0 | `--loss standard` |' in text
+
+@pytest.mark.parametrize('folder', sorted(path.parent.name for path in HERE.glob('results/p*/table.md')))
+def test_the_tables_kept_are_what_their_reports_give(folder):
+    table, width, epochs = re.fullmatch(r'(.*)-cpu-w(\d+)(?:-e(\d+))?', folder).groups()
+    report = json.loads(next(HERE.glob(f'results/{folder}/*.best.json')).read_text())
+    flags = ['--scale', 'cpu', '--width', width, '--n', str(report['results']['clean']['n'])]
+    plan, rows, _ = parse(table, *flags, *(['--epochs', epochs] if epochs else []))
+    text = results.markdown(plan, results.find(plan, rows))
+    assert text == (HERE / f'results/{folder}/table.md').read_text(), 'python -m tools.reproduce ... --table'
 
 def test_the_scatter_shows_ours_and_the_papers():
     plan, rows, _ = parse('p3-figure4', '--scale', 'cpu')
