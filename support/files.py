@@ -11,7 +11,7 @@ import torch
 
 try:
     import fcntl
-except ImportError:             # Windows: nobody warns of two runs in one folder
+except ImportError:             # Windows: nobody warns of two runs or evaluations in one folder
     fcntl = None
 
 class Refused(Exception):
@@ -44,11 +44,12 @@ def save(path, content):
                 raise e.__context__
             raise OSError(errno.EIO, str(e)) from e
 
-def lock(file):
-    """Lock an open file until this process ends, however; false if another process holds it."""
+def lock(file, shared=False):
+    """Lock an open file until this process ends, however; false if another process holds it. shared: beside
+    others that share it."""
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return False
     return True

@@ -24,11 +24,6 @@ from support import checkpoint, files
 from support.files import Refused, atomic, cannot_write, out_of_memory, say
 from support.refusals import refuse
 
-try:
-    import fcntl
-except ImportError:             # Windows: nobody warns of two evaluations of one report
-    fcntl = None
-
 UNFINISHED = '"complete": false'
 TELL, GIVE_UP = 30, 3600        # seconds: between two lines on the screen; of waiting without a new file
 
@@ -148,19 +143,13 @@ class Saved:
     def _lock(self):
         """Shards share the folder, each of them once; an evaluation that is no shard has it alone. Held until
         the process ends, however it does."""
-        if not fcntl:
-            return
         i, n = self.shard
-        kind = fcntl.LOCK_EX if n == 1 else fcntl.LOCK_SH
         self.locks = [open(f'{self.folder}/.lock', 'a+'), open(f'{self.folder}/.lock-{i}', 'a+')]
-        try:
-            fcntl.lockf(self.locks[0], kind | fcntl.LOCK_NB)
-            fcntl.lockf(self.locks[1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        if not (files.lock(self.locks[0], shared=n > 1) and files.lock(self.locks[1])):
             report = self.folder.removesuffix('.state')
             what = 'another evaluation' if n == 1 else f'shard {i}, or the whole evaluation,'
             raise Refused(f'{what} is at work on {report}: wait for it, choose another --out, '
-                          'or share the work from the start with --shard') from None
+                          'or share the work from the start with --shard')
         if n == 1:                                  # nobody else writes here: these are of a killed one
             for left_over in glob.glob(f'{glob.escape(self.folder)}/.*.tmp'):
                 os.remove(left_over)
