@@ -49,7 +49,7 @@ class Step(NamedTuple):
     env: dict = {}
     extra: bool = False             # comes after all others, if time is left
 
-CORE = ('"(logits and resnet18 and not preact) '
+CORE = ('"(logits and resnet18 and not preact) or outside '
         'or (every_loss and (trades or logit_mse or dkl or rslad or adaad)) or (eager_does and logit_mse) '
         'or (bit_for_bit and bf16) or without or fast or processes or memory"')
 REAL = dict(net='--dataset cifar10 --data-dir {data}', attack='', tests=f'-k {CORE}', bench='--seconds 4',
