@@ -100,6 +100,9 @@ def from_npz(path, classes):
         if len(y) < 2 or not x.size:
             raise Refused(f'{path}: x_{split} holds {len(y)} images of {x.shape[1]} x {x.shape[2]} pixels')
         classes = classes or int(y.max()) + 1           # of the training labels, where nothing else says
+        if classes > max(1000, len(arrays[1])):
+            raise Refused(f'{path}: labels up to {classes - 1} on {len(arrays[1])} training images: '
+                          'number the classes from 0')
         if y.min() < 0 or y.max() >= classes:
             raise Refused(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, '
                              f'outside the classes 0 to {classes - 1}')

@@ -17,6 +17,7 @@ with the same result, on a CPU with as many threads bit for bit.
 """
 import argparse
 import functools
+import os
 import sys
 import time
 
@@ -106,11 +107,14 @@ refusals.radius(args.norm, [args.eps, *args.sweep_eps], x_test)
 notes = evaluation.remarks(args, meta, d, y_test)       # what a reader of the number should know
 args.batch_size = args.batch_size or data.at_once(50 if device.type == 'cpu' else 250, d.x_test)
 args.out = args.out or evaluation.report_path(args, model.build_args['dual_bn'])
+if args.save_adv and os.path.realpath(args.save_adv) == os.path.realpath(args.out):
+    refusals.refuse(f'--save-adv {args.save_adv}: the report goes there, name another file')
 shards.unfinished(args.out, 'out')
 shards.unfinished(args.save_adv, 'save-adv')
 
 # the network that the attacks search on; with --compile and --fast it is not the eager one
 net, half, search = evaluation.searched(args, model, device)
+weights = fingerprint(model)
 x_first, y_first = x_test[:args.batch_size], y_test[:args.batch_size].to(device)
 with attack_mode(model), bn_branch(model, args.branch):
     inspected = summary.inspect(model, x_first, y_first, d.classes)
@@ -118,9 +122,9 @@ with attack_mode(model), bn_branch(model, args.branch):
 # what the number depends on
 evaluated = dict(images=f'{args.n}: {digest}', norm=args.norm, eps=args.eps, step_size=args.step_size,
                  steps=args.steps, restarts=args.restarts, batch_size=args.batch_size, seed=args.seed,
-                 branch=args.branch, weights=fingerprint(model), transfer_from=source and fingerprint(source),
-                 search=search, precision='float32', save_adv=bool(args.save_adv),
-                 **dict(environment(device), device=device.type))
+                 branch=args.branch, weights=weights, code=evaluation.code_of(model),
+                 transfer_from=source and fingerprint(source), search=search, precision='float32',
+                 save_adv=bool(args.save_adv), **dict(environment(device), device=device.type))
 x_adv = adv and evaluation.load_adv(args.verify, adv, evaluated, x_test)
 
 # -----------------------------------------------------------------------------
@@ -176,7 +180,7 @@ for part in PARTS:
     ATTACKS[f'{part} again'] = functools.partial(attack_part, part=part)        # in fp32
 
 LABELS = {'pgd': f'pgd-{args.steps}', 'cw': f'cw-{args.steps}'}     # of their rows
-todo = list(args.attacks)
+todo = list(dict.fromkeys(args.attacks))
 if source:
     todo += ['transfer', 'transfer-cw']
 # after the last attack a row combines all those within eps; the sweeps are no part of it
@@ -270,7 +274,7 @@ def run_autoattack(parts, label):
 
 def save(complete):
     trained = {k: v for k, v in meta.items() if k not in ('config', 'weights')}
-    report = dict(checkpoint=args.checkpoint, fingerprint=fingerprint(model), evaluated=evaluated,
+    report = dict(checkpoint=args.checkpoint, fingerprint=weights, evaluated=evaluated,
                   model=model.build_args, weights=meta['weights'], trained=trained, dataset=args.dataset,
                   images=which, norm=args.norm, eps=eps, eps_pixels=args.eps, results=results, notes=notes,
                   flags=flags, audit=audited, complete=complete, args=vars(args), precision='float32',
@@ -294,7 +298,7 @@ def run_audit():
 
 audits = args.audit and todo != ['clean'] and (eps < 1 or args.norm == 'L2')
 shown = [LABELS.get(name, name) for name in (['masking audit'] if audits else []) + todo]
-heading = summary.heading(args, model, meta, inspected, which, device)
+heading = summary.heading(args, model, weights, meta, inspected, which, device)
 files.say(*heading, f'{", ".join(shown)}; search: {search}')
 if args.dry_run:
     with attack_mode(model), bn_branch(model, args.branch):
@@ -321,7 +325,7 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
     row('clean', clean, started)
     if adv:
         begun = time.perf_counter()
-        verified = classify_all(x_adv, 'verified')
+        verified = torch.where(clean == y_test, classify_all(x_adv, 'verified'), clean)
         row('verified', verified, begun)
         taken = torch.where(taken == y_test, verified, taken)
     again = [f'{part} again' for part in FAST] if half else []      # on what the search in bf16 has left
@@ -353,8 +357,8 @@ if shard[1] == 1:
     saved.delete()
 files.say(args.out)
 if args.figures and saved.mine(0):
-    from tools import figures                           # matplotlib, where it is asked for
     try:
+        from tools import figures                       # matplotlib, where it is asked for
         figures.draw(args.out, args.checkpoint, model=args.model)
-    except (files.Refused, ValueError, OSError) as e:
+    except (files.Refused, ValueError, OSError, ImportError) as e:
         sys.exit(f'no figures: {e}')                    # the report is there

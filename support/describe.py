@@ -155,7 +155,11 @@ TABLE_HELP = ('The table, a row per epoch: '
 
 def draw_curves(rows, path):
     """The training, a dict per epoch, as PNG: what tools/figures.py shows of several runs side by side."""
-    import matplotlib                               # it takes a second, at the end of a run only
+    try:
+        import matplotlib                           # it takes a second, at the end of a run only
+    except (ImportError, ValueError) as e:          # ValueError: it knows no such MPLBACKEND
+        say(f'note: no curves: {e}'.splitlines()[0])
+        return
     from support import drawing
     with matplotlib.rc_context(drawing.STYLE):
         drawing.save(drawing.training({'': rows}), path.removesuffix('.png'), ['png'])

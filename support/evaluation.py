@@ -160,6 +160,14 @@ def networks(args, run, d, device):
         source = source.to(device).requires_grad_(False)
     return model.to(device), meta, source
 
+def code_of(model):
+    """16 hex digits of the file that a network of one's own comes from; None for one of ours."""
+    name = model.build_args['name']
+    if '.py:' not in name:
+        return None
+    with open(name.rsplit(':', 1)[0], 'rb') as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
+
 def searched(args, model, device):
     """-> the network that the attacks search on, whether AutoAttack does so in bf16, and both in words: with
     --compile the compiled one, with --fast its BN folded into its convolutions, and AutoAttack in bf16 where

@@ -21,10 +21,11 @@ def inspect(model, x, y, classes):
     """
     One batch through the model as it will be attacked. Raises Refused for what cannot be evaluated.
     Returns figures: precision of logits and weights; how far the logits depend on the rest of the batch, and
-    change from call to call (share of their largest entry); share of the gradient's entries that are exactly
+    change from call to call (share of their largest entry); whether they are probabilities, and whether the
+    network's state moves as it answers; share of the gradient's entries that are exactly
     zero, and of the images without any gradient; logit norm, margin and confidence.
     """
-    x = x.clone().requires_grad_()
+    x, untouched, before = x.clone().requires_grad_(), x.clone(), fingerprint(model)
     try:
         logits = model(x)
     except Refused:
@@ -32,6 +33,8 @@ def inspect(model, x, y, classes):
     except Exception as e:                          # it may be somebody else's code
         line = f'the network fails on images {tuple(x.shape)}: {type(e).__name__}: {e}'.splitlines()[0]
         raise Refused(line) from e
+    if not torch.equal(x, untouched):
+        refuse('the network writes into the images that it is given: let it work on x.clone()')
     if logits.shape != (len(x), classes):
         refuse(f'the network returns {tuple(logits.shape)}, not {classes} logits per image')
     if not logits.isfinite().all():
@@ -57,22 +60,25 @@ def inspect(model, x, y, classes):
         largest = z.abs().max().clamp_min(1e-12)
         alone = torch.cat([model(image[None]) for image in x[:8]])
         top = z.topk(2).values
+        sums_to_one = (z.sum(1) - 1).abs().max() < 1e-3
         return dict(logits=str(z.dtype), weights=sorted(kinds), tf32=x.is_cuda and tf32,
                     batch_dependence=((alone - z[:8]).abs().max() / largest).item(),
                     change=((model(x) - z).abs().max() / largest).item(),
+                    probabilities=bool(sums_to_one and z.min() >= 0), moves=fingerprint(model) != before,
                     zero_gradient=zero.float().mean().item(),
                     no_gradient=zero.flatten(1).all(1).float().mean().item(),
                     logit_norm=z.norm(dim=1).mean().item(), margin=(top[:, 0] - top[:, 1]).median().item(),
                     confidence=z.softmax(1).amax(1).median().item())
 
-def heading(args, model, meta, first, which, device):
-    """The first thing on the screen: the network, and how it will be attacked. first: inspect's."""
+def heading(args, model, weights, meta, first, which, device):
+    """The first thing on the screen: the network, and how it will be attacked. weights: its fingerprint.
+    first: inspect's."""
     where = 'weights only, provenance unknown'
     if 'epoch' in meta:
         where = f'epoch {meta["epoch"]}, selected by {meta.get("selected_by")}'
     if model.build_args['dual_bn']:
         where += f'; {args.branch} BN'
-    return (f'{args.checkpoint} ({fingerprint(model)}): {model.build_args["name"]}, {where}',
+    return (f'{args.checkpoint} ({weights}): {model.build_args["name"]}, {where}',
             f'logits: norm {first["logit_norm"]:.2f}, margin {first["margin"]:.2f}, confidence '
             f'{first["confidence"]:.3f}; {first["zero_gradient"]:.1%} of the gradient is exactly zero',
             f'{args.dataset}, {"" if args.draw else "the "}{which}; {args.norm} eps {args.eps:g}/255 = '
@@ -158,6 +164,9 @@ def flags(first, results, recount, warnings, trained, evaluated, adv, n):
          f'all of it for {images:.1%} of the images: attacks by the gradient may be blind',
          entries=entries, images=images)
 
+    flag('probabilities', first['probabilities'], 'the network ends in a softmax: cross-entropy takes '
+         'another, and its gradient is weak; let it return logits')
+    flag('moving', first['moves'], "the network's state moves as it answers: the fingerprint is that before")
     flag('logits', False, '', **{k: first[k] for k in ('logit_norm', 'margin', 'confidence')})
 
     # the attacks

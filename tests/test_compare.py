@@ -61,6 +61,15 @@ def test_rows_that_not_all_have_are_left_out(write, capsys):
     assert 'pgd-20' not in out and 'cw-20' not in out and 'within the noise' in out
     assert 'is not a report' in refused(capsys, a, write('b.json', rows=('cw-20',)))
 
+def test_all_of_other_attacks_is_another_row(write, capsys):
+    rows = 'clean', 'pgd-20', 'all of the above'
+    a, b = [write(f'{name}.json', rows=rows, report=dict(args=dict(attacks=attacks)))
+            for name, attacks in (('a', ['pgd', 'fgsm']), ('b', ['pgd', 'cw']))]
+    run('tools/compare.py', a, b)
+    assert 'all of the above' not in capsys.readouterr().out
+    run('tools/compare.py', a, a)
+    assert 'all of the above' in capsys.readouterr().out
+
 def test_many_reports_make_a_sorted_table_and_a_picture(write, tmp_path, capsys):
     paths = [write(f'{right}.json', right=right) for right in (10, 3, 17, 12)]
     run('tools/compare.py', *paths, '--scatter', tmp_path / 'p.png')

@@ -30,6 +30,16 @@ neighbours = lambda: Net(lambda z: z - z.mean(0))
 noisy = lambda: Net(lambda z: F.dropout(z, 0.2, True))
 saturated = lambda: Net(lambda z: 1e4 * z)
 half = lambda: Net(lambda z: z.bfloat16())
+softmax = lambda: Net(lambda z: z.softmax(1))
+class counting(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            self[1].bias += 1
+        return super().forward(x)
+class writing(Net):
+    def forward(self, x):
+        x.data.mul_(0.5)
+        return super().forward(x)
 '''
 
 @pytest.fixture(scope='module')
@@ -159,11 +169,37 @@ def test_verify(whole, tmp, tmp_path, capsys):
                               (tmp / 'plain.pt', 'was not written by evaluate.py --save-adv', FLAGS)]:
         refused(says, *net(tmp), '--verify', file, *flags, '--out', tmp_path / 'r.json', capsys=capsys)
 
+def test_an_image_that_is_wrong_as_it_is_is_not_verified(whole, tmp, tmp_path):
+    """Adversarial images of one network, judged by another that is wrong on other clean images."""
+    weights = torch.load(tmp / 'plain.pt', weights_only=True)
+    other = torch.randn(weights['1.weight'].shape, generator=torch.Generator().manual_seed(1))
+    weights['1.weight'] = weights['1.weight'] + 0.5 * weights['1.weight'].std() * other
+    torch.save(weights, tmp_path / 'other.pt')
+    r = evaluate(tmp_path / 'other.pt', *net(tmp)[1:], *FLAGS, '--verify', whole[2], '--no-audit',
+                 out=tmp_path / 'e.json')[1]['results']
+    clean, verified = r['clean']['robust'], r['verified']['robust']
+    assert '0' in clean and all(c == '1' for c, v in zip(clean, verified) if v == '1')
+
+def test_other_code_does_not_continue_an_evaluation(tmp, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'nets.py').write_text(NETS)
+    argv = [tmp / 'plain.pt', '--model', f'{tmp_path}/nets.py:plain', '--dataset', 'synthetic', *FLAGS]
+    argv += ['--attacks', 'fgsm', 'pgd', '--no-audit', '--out', tmp_path / 'e.json']
+    save = shards.files.save
+    def once(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(shards.files, 'save', once)         # stopped after its first batch
+        run('evaluate.py', *argv)
+    (tmp_path / 'nets.py').write_text(NETS.replace('Linear(3072, 10)', 'Linear(3072, 10, True)'))
+    refused('code was', *argv, capsys=capsys)
+
 @pytest.mark.parametrize('name, weights, says', [
     ('plain', 'nan.pt', 'non-finite logits'), ('training', 'plain.pt', 'is in training mode'),
     ('two', 'plain.pt', 'output is (B, 2), the data need logits (B, 10)'),
     ('crash', 'plain.pt', 'RuntimeError'),
-    ('detached', 'plain.pt', 'the logits have no gradient')])
+    ('detached', 'plain.pt', 'the logits have no gradient'),
+    ('writing', 'plain.pt', 'writes into the images')])
 def test_networks_that_cannot_be_evaluated(name, weights, says, tmp, tmp_path, capsys):
     refused(says, *net(tmp, name, weights), *FLAGS, '--out', tmp_path / 'e.json', capsys=capsys)
     assert not list(tmp_path.iterdir())
@@ -188,21 +224,25 @@ def test_data_that_cannot_be_evaluated(damage, says, tmp, tmp_path, capsys, monk
     ('--fast --attacks apgd-ce', '--fast is for autoattack as a whole'),
     ('--fast --individual', '--fast is for autoattack as a whole'),
     ('--transfer-from /none.pt', 'cannot read /none.pt'), ('--verify /none.pt', 'cannot read /none.pt'),
-    ('--save-adv {tmp}/plain.pt', 'is there already: choose another --save-adv')])
+    ('--save-adv {tmp}/plain.pt', 'is there already: choose another --save-adv'),
+    ('--out {tmp}/new --save-adv {tmp}/../{tmp.name}/new', 'the report goes there')])
 def test_bad_flags(flags, says, tmp, tmp_path, capsys):
-    refused(says, *net(tmp), *FLAGS, *flags.format(tmp=tmp).split(), '--out', tmp_path / 'e.json',
+    refused(says, *net(tmp), *FLAGS, '--out', tmp_path / 'e.json', *flags.format(tmp=tmp).split(),
             capsys=capsys)
 
 @pytest.mark.parametrize('name, weights, flag', [
     ('plain', 'plain.pt', None), ('plain', 'half.pt', 'precision'), ('half', 'plain.pt', 'precision'),
     ('neighbours', 'plain.pt', 'batch_size'), ('noisy', 'plain.pt', 'randomised'),
-    ('saturated', 'plain.pt', 'zero_gradient')])
+    ('saturated', 'plain.pt', 'zero_gradient'), ('softmax', 'plain.pt', 'probabilities'),
+    ('counting', 'plain.pt', 'moving')])
 def test_suspicious_networks_are_flagged(name, weights, flag, tmp, tmp_path, capsys):
     r = evaluate(*net(tmp, name, weights), *FLAGS, '--attacks', 'pgd', '--no-audit',
                  out=tmp_path / 'e.json')[1]
-    gate = ('precision', 'batch_size', 'randomised', 'zero_gradient')
+    gate = ('precision', 'batch_size', 'randomised', 'zero_gradient', 'probabilities', 'moving')
     raised = {key for key in gate if r['flags'][key]['raised']}
-    assert raised - ({'batch_size'} if name == 'noisy' else set()) == {flag} - {None}
+    besides = {'noisy': {'batch_size'}, 'counting': {'batch_size', 'randomised'}}.get(name, set())
+    assert raised - besides == {flag} - {None}
+    assert r['fingerprint'] == r['evaluated']['weights']
     screen = capsys.readouterr().out
     assert all(f'note: {r["flags"][key]["text"]}\n' in screen for key in raised)
 
@@ -341,7 +381,8 @@ def test_notes_name_only_attacks_that_ran(tmp, tmp_path, monkeypatch):
     assert not re.search('FAB|Square', ' '.join(two['notes'])) and 'AutoAttack in bfloat16' in two['search']
     trained = dict(norm='Linf', eps=8.0)
     first = dict(logits='torch.float32', weights=['torch.float32'], tf32=False, batch_dependence=0, change=0,
-                 zero_gradient=0, no_gradient=0, logit_norm=1, margin=1, confidence=1)
+                 zero_gradient=0, no_gradient=0, logit_norm=1, margin=1, confidence=1, probabilities=False,
+                 moves=False)
     evaluated = dict(norm='Linf', eps=2.5)
     for rows, raised in (['clean'], False), (['clean', 'pgd-5'], True), (['clean', 'strong'], False):
         results = {name: dict(accuracy=50.0) for name in rows}

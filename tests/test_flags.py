@@ -1,6 +1,7 @@
 """What the flags are when nobody gives them, what a hyper-parameter of one's own becomes, and what is said
 before the training: --dry-run, and a teacher that is not what the method learns from."""
 import argparse
+import os
 import signal
 import subprocess
 import sys
@@ -150,3 +151,10 @@ def test_an_inner_attack_that_is_the_method_s_own_changes_nothing(flags, init, t
     script = run('train_adv.py', '--dataset', 'synthetic', '--subset', 32, '--epochs', 1, '--steps', 1,
                  '--batch-size', 32, '--width', 4, '--amp', 'off', *flags.split(), '--out', tmp_path)
     assert script['args'].init == init
+
+def test_without_a_backend_for_curves_a_training_ends_all_the_same(tmp_path):
+    flags = '--loss standard --dataset synthetic --subset 32 --width 4 --epochs 1 --amp off'.split()
+    done = subprocess.run([sys.executable, 'train_adv.py', *flags, '--out', tmp_path], cwd=HERE, text=True,
+                          capture_output=True, env=dict(os.environ, MPLBACKEND='nothing'))
+    assert done.returncode == 0 and 'note: no curves' in done.stdout and 'done in' in done.stdout, done.stderr
+    assert not (tmp_path / 'state.pt').exists()

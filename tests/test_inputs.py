@@ -248,6 +248,7 @@ BAD_NPZ = [
     (lambda a: a.update(y_train=a['y_train'][:-1]), 'one per image'),
     (lambda a: a.update(y_test=a['y_test'] + 1), 'outside the classes 0 to 3'),
     (lambda a: a.update(y_train=a['y_train'] - 1), 'outside the classes'),
+    (lambda a: a.update(y_train=a['y_train'] * 10 ** 6), 'labels up to 3000000 on 20 training images'),
     (lambda a: a.update(y_train=a['y_train'] * 0 + 3, y_test=a['y_test'] * 0 + 3), 'are of one class'),
     (lambda a: a.update(x_train=a['x_train'][:, :0], x_test=a['x_test'][:, :0]), 'images of 0 x 32 pixels'),
     (lambda a: a.update(y_train=a['y_train'].astype(object)), 'not an npz file of plain arrays'),

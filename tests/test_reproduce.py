@@ -306,6 +306,8 @@ def test_what_does_not_go_together(capsys):
                        (['p1-table2', '--scale', 'paper', '--width', '8'], '--width'),
                        (['p4-table6', '--scale', 'cpu', '--dataset', 'cifar100'], 'cifar100'),
                        (['small', '--rows', 'nothing'], 'unknown row'),
+                       (['small', '--scale', 'paper'], 'leave --scale out'),
+                       (['p1-table2', '--scale', 'cpu', '--n', '0'], '--n 0: at least 1'),
                        (['small', '--runs', '/tmp/elsewhere'], 'a folder called runs')):
         with pytest.raises(SystemExit) as ended:
             reproduce.main(argv)

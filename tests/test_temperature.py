@@ -122,6 +122,7 @@ def test_both_steps_once_and_without_the_test_set(tmp_path):
 def test_what_does_not_go_together(capsys):
     for argv, message in ((['--grid', '0.5'], 'at least 1'),
                           (['--loss', 'trades'], '--loss is set by this tool'),
+                          (['--tau=3'], '--tau is set by this tool'),
                           (['--runs', 'elsewhere'], 'a folder called runs')):
         with pytest.raises(SystemExit) as ended:
             temperature.main(argv)

@@ -203,8 +203,12 @@ def planned(args, refuse):
     if dataset != datasets[0]:
         tags.append(dataset)
     scale, n, width = args.scale, args.n, args.width or 16
+    for flag in ('n', 'width', 'epochs'):
+        if vars(args)[flag] is not None and vars(args)[flag] < 1:
+            refuse(f'--{flag} {vars(args)[flag]}: at least 1')
     if table.budget is not None:
-        scale = None
+        if scale:
+            refuse(f'{args.table} has one scale: leave --scale out')
     elif not scale:
         refuse(f'{args.table} needs --scale cpu or --scale paper')
     if scale == 'cpu':

@@ -129,14 +129,16 @@ def table(step1, points, threshold, highest, best):
 # -----------------------------------------------------------------------------
 
 class Search:
-    """The points of both steps. judged: what --out held already."""
+    """The points of both steps. judged: what --out held already, of the same flags."""
     def __init__(self, args, flags, place):
         self.args, self.flags, self.place = args, flags, place
         self.step1, self.points, self.dataset = {}, {}, None
         self.judged = {}
         if os.path.exists(args.out):
             with open(args.out) as f:
-                self.judged = json.load(f).get('points', {})
+                before = json.load(f)
+            if before.get('flags') == flags:
+                self.judged = before.get('points', {})
 
     def accuracy(self, tau):
         """Step 1: clean accuracy, in percent, on the hold-out after the last epoch."""
@@ -166,11 +168,11 @@ class Search:
         best = f'{trained(self.place, job)}/best.pt'
         net, meta = checkpoint.load_checkpoint(best)
         known = self.judged.get(f'{tau:g}')
-        if not known or known['fingerprint'] != checkpoint.fingerprint(net):
+        asked = dict(fingerprint=checkpoint.fingerprint(net), audited=self.args.audited)
+        if not known or any(known.get(k) != v for k, v in asked.items()):
             x, y = self.hold_out(head(job.command)['args'])
             known = judge(net.to(x.device), x, y, meta['eps'] / 255, meta['norm'], self.args.audited)
-            known.update(fingerprint=checkpoint.fingerprint(net), epoch=meta['epoch'],
-                         checkpoint=f'{job.product}/best.pt')
+            known.update(asked, epoch=meta['epoch'], checkpoint=f'{job.product}/best.pt')
         self.points[tau] = known
         say(f'step 2, tau {tau:g}: {known["clean"]:.1f} % clean, {known["robust"]:.1f} % robust; '
             f'{known["audit"]}')
@@ -223,7 +225,7 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     runs = os.path.abspath(args.runs)
     for taken in ('--loss', '--tau', '--out', '--resume', '--bn-order'):
-        if taken in rest:
+        if any(word.split('=')[0] == taken for word in rest):
             parser.error(f'{taken} is set by this tool')
     if min(args.grid) < 1:
         parser.error(f'--grid {min(args.grid):g}: temperatures are at least 1')
