@@ -22,6 +22,13 @@ DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']      # the attacks of an 
 # -----------------------------------------------------------------------------
 # flags
 
+def here(folder, dataset, path):
+    """folder, where the file path says that the images lay. Refused if it is of another machine: nothing is
+    downloaded into a folder that only a file names."""
+    if dataset not in ('digits', 'synthetic') and folder != 'data' and not os.path.isdir(folder):
+        refuse(f'{path} is of data in {folder}, which is not here: name their folder with --data-dir')
+    return folder
+
 def threat(args, ckpt):
     """Fills in --dataset, --data-dir, --norm, --eps and --step-size from ckpt, the content of
     args.checkpoint, if it is one of ours. -> the run that it was trained in, {} if unknown. Raises Refused
@@ -29,11 +36,7 @@ def threat(args, ckpt):
     run = ckpt.get('run', {}) if is_ours(ckpt) else {}
     args.dataset = args.dataset or run.get('dataset', 'cifar10')
     if args.data_dir is None:
-        args.data_dir = run.get('data_dir', 'data')
-        needs_files = args.dataset not in ('digits', 'synthetic')
-        if needs_files and args.data_dir != 'data' and not os.path.isdir(args.data_dir):
-            refuse(f'{args.checkpoint} was trained on data in {args.data_dir}, which is not here: '
-                   'name their folder with --data-dir')
+        args.data_dir = here(run.get('data_dir', 'data'), args.dataset, args.checkpoint)
 
     trained = run.get('norm', 'Linf')
     args.norm = args.norm or trained

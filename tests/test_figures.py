@@ -11,7 +11,8 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from support import describe, drawing, files
+import models
+from support import checkpoint, describe, drawing, files
 from tools import figures, reading
 from test_smoke import HERE, run
 
@@ -430,3 +431,14 @@ def test_code_that_a_report_names_runs_only_if_the_user_names_it(tmp_path):
     with pytest.raises(files.Refused, match='is not what was evaluated'):   # it is run now, and another one
         figures.draw(path, model=f'{code}:make')
     assert (tmp_path / 'ran').exists()
+
+def test_nothing_is_downloaded_into_a_folder_that_only_a_file_names(tmp_path, capsys):
+    folder, weights = str(tmp_path / 'home/of/somebody'), tmp_path / 'best.pt'
+    net = models.build('resnet18', 10, width=4)
+    checkpoint.save_checkpoint(weights, net, dataset='cifar10', run=dict(dataset='cifar10', data_dir=folder))
+    made = report(checkpoint='best.pt', fingerprint=checkpoint.fingerprint(net), args=dict(data_dir=folder))
+    for script, file in ('evaluate.py', weights), ('tools/figures.py', write(tmp_path / 'a.json', made)):
+        with pytest.raises(SystemExit) as e:
+            run(script, file, '--n', 4)
+        assert e.value.code == 2 and 'name their folder with --data-dir' in capsys.readouterr().err
+    assert not (tmp_path / 'home').exists()

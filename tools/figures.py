@@ -23,7 +23,7 @@ from tqdm import tqdm
 import data
 import models
 from attacks import attack_mode, pgd
-from support import drawing, refusals
+from support import drawing, evaluation, refusals
 from support.drawing import STYLE
 from support.files import Refused, cannot_write, plain_output, say
 from support.summary import wilson
@@ -103,7 +103,8 @@ def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=
     nets, logs = reading.networks(paths, checkpoints, reports, model)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     if nets:
-        d = data.load(dataset, data_dir or first['args']['data_dir'], device=device, training=False)
+        folder = data_dir or evaluation.here(first['args']['data_dir'], dataset, paths[0])
+        d = data.load(dataset, folder, device=device, training=False)
         if d.classes != classes:
             raise Refused(f'{paths[0]} knows {classes} classes, {dataset} has {d.classes}')
 
