@@ -219,11 +219,8 @@ def training(args, method, hp, default, world=1):
         refuse(f'--loss {loss} trains no guide: leave out --guide-model and --guide-width')
 
     # attack
-    if METHODS[loss].inner is None:
-        if args.inner or args.free:
-            refuse(f'--loss {loss} attacks nothing')
-        unused(args, default, f'with --loss {loss}, which attacks nothing',
-               'steps', 'step_schedule', 'init', 'attack_bn', 'eps_ramp')
+    if METHODS[loss].inner is None and (args.inner or args.free):
+        refuse(f'--loss {loss} attacks nothing')
     if args.inner and args.free:
         refuse('--free has no attack for --inner to change')
     if args.free and (args.norm != 'Linf' or args.accumulate > 1):

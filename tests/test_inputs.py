@@ -78,8 +78,6 @@ BAD = [     # script, arguments, what the one line has to say
     ('train_adv.py', '--loss pgd_at --extra-fraction 0.9', '--extra-fraction does nothing without --extra'),
     ('train_adv.py', '--loss pgd_at --teacher-model resnet34', 'which has no teacher: leave it out'),
     ('train_adv.py', '--loss logit_mse --teacher-model resnet34', 'that --teacher names: give both'),
-    ('train_adv.py', '--loss standard --init zero', '--init does nothing with --loss standard'),
-    ('train_adv.py', '--loss als --steps 50', '--steps does nothing with --loss als, which attacks nothing'),
     ('train_adv.py', '--loss trades --sync-bn', '--sync-bn does nothing in one process'),
     ('train_teacher.py', '--sync-bn', '--sync-bn does nothing in one process'),
     ('train_teacher.py', '--dataset imagenet --model resnet18 --augment crop', 'flipped, or none'),
