@@ -1,0 +1,2 @@
+python train_adv.py --width 8 --epochs 5 --compile --loss logit_mse --beta 0.4 --teacher runs/cifar10-resnet18-w8-epochs20-compile-teacher/best.pt --seed 0
+python evaluate.py runs/cifar10-resnet18-w8-logit_mse-beta0.4-teachercifar10-resnet18-w8-epochs20-compile-teacher-best.pt-epochs5-compile-s0/best.pt --attacks fgsm pgd pgd-trades cw autoattack --n 1000 --compile --out runs/cifar10-resnet18-w8-logit_mse-beta0.4-teachercifar10-resnet18-w8-epochs20-compile-teacher-best.pt-epochs5-compile-s0/best-n1000.json
