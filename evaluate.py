@@ -118,6 +118,7 @@ weights = fingerprint(model)
 x_first, y_first = x_test[:args.batch_size], y_test[:args.batch_size].to(device)
 with attack_mode(model), bn_branch(model, args.branch):
     inspected = summary.inspect(model, x_first, y_first, d.classes)
+inspected['moves'] = fingerprint(model) != weights
 
 # what the number depends on
 evaluated = dict(images=f'{args.n}: {digest}', norm=args.norm, eps=args.eps, step_size=args.step_size,

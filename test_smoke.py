@@ -259,32 +259,6 @@ def test_self_alignment_has_no_gradient_at_x(net):
             grad, = torch.autograd.grad(objective(net(x), z).sum(), x)
             assert grad.abs().max() < 1e-6 and method.settings['init'] == 'normal'
 
-@pytest.mark.parametrize('x, says', [
-    ((255 * X).byte(), 'uint8: images are floats'), (255 * X, 'images are in'), (X - 0.5, 'images are in'),
-    (X * float('nan'), 'images are in')])
-def test_pgd_refuses_what_is_no_image_in_0_to_1(x, says):
-    with pytest.raises(ValueError, match=says) as e:
-        attacks.pgd(lambda x: x.sum((1, 2, 3)), x)
-    assert '\n' not in str(e.value)
-
-@pytest.mark.parametrize('wrong, says', [
-    (dict(eps=8.0), 'eps is 8 to 8: in units'), (dict(eps=-0.1), 'eps is -0.1'),
-    (dict(eps=torch.full((len(X),), 8.0)), 'eps is 8 to 8: in units'), (dict(eps=torch.ones(3)), 'one value'),
-    (dict(eps=128, norm='L2'), 'eps is 128'), (dict(restarts=0), 'restarts 0'),
-    (dict(step_size=2.0), 'step_size is 2'), (dict(step_size=[2.0] * 10), 'step_size is 2'),
-    (dict(step_size=[0.1, 0.1]), '2 step sizes for 10 steps'), (dict(step_size=torch.ones(10)), 'one value'),
-    (dict(step_size=[0.1] * 9 + [8.0]), 'step_size is 8'),
-    (dict(eps=torch.tensor([-0.1, 0.1])), 'one value')])
-def test_pgd_refuses_a_slip_instead_of_a_weaker_attack(wrong, says):
-    with pytest.raises(ValueError, match=says):
-        attacks.pgd(lambda x: x.flatten(1).sum(1), X, **wrong)
-
-@pytest.mark.parametrize('objective', [lambda x: x.mean(), lambda x: x.flatten(1)], ids=['mean', 'pixels'])
-def test_pgd_wants_one_value_per_image(objective):
-    """The best of several restarts would be that of the batch."""
-    with pytest.raises(ValueError, match="reduction='none'"):
-        attacks.pgd(objective, X, restarts=2)
-
 def test_pgd_takes_vectors_a_radius_per_image_any_sizes_and_inference_mode():
     def climb(x):
         return x.flatten(1).sum(1)

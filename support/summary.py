@@ -9,7 +9,6 @@ import re
 import torch
 import torch.nn.functional as F
 
-from support.checkpoint import fingerprint
 from support.files import Refused, atomic
 from support.refusals import refuse
 
@@ -21,11 +20,11 @@ def inspect(model, x, y, classes):
     """
     One batch through the model as it will be attacked. Raises Refused for what cannot be evaluated.
     Returns figures: precision of logits and weights; how far the logits depend on the rest of the batch, and
-    change from call to call (share of their largest entry); whether they are probabilities, and whether the
-    network's state moves as it answers; share of the gradient's entries that are exactly
-    zero, and of the images without any gradient; logit norm, margin and confidence.
+    change from call to call (share of their largest entry); whether they are probabilities; share of the
+    gradient's entries that are exactly zero, and of the images without any gradient; logit norm, margin and
+    confidence.
     """
-    x, untouched, before = x.clone().requires_grad_(), x.clone(), fingerprint(model)
+    x, untouched = x.clone().requires_grad_(), x.clone()
     try:
         logits = model(x)
     except Refused:
@@ -64,7 +63,7 @@ def inspect(model, x, y, classes):
         return dict(logits=str(z.dtype), weights=sorted(kinds), tf32=x.is_cuda and tf32,
                     batch_dependence=((alone - z[:8]).abs().max() / largest).item(),
                     change=((model(x) - z).abs().max() / largest).item(),
-                    probabilities=bool(sums_to_one and z.min() >= 0), moves=fingerprint(model) != before,
+                    probabilities=bool(sums_to_one and z.min() >= 0),
                     zero_gradient=zero.float().mean().item(),
                     no_gradient=zero.flatten(1).all(1).float().mean().item(),
                     logit_norm=z.norm(dim=1).mean().item(), margin=(top[:, 0] - top[:, 1]).median().item(),
