@@ -9,13 +9,12 @@ import copy
 import hashlib
 import math
 import os
-import subprocess
 import sys
 import time
 
 import models
 from losses import METHODS
-from support import ddp, describe, files, state_dicts
+from support import child, ddp, describe, files, state_dicts
 from support.files import Refused, save, say
 from support.foreign import from_file, try_out
 from support.state_dicts import read
@@ -244,7 +243,7 @@ def standard_teacher(args):
     folder = describe.teacher_folder(args, {}.get, only=('normalize', 'subset_seed', 'augment'))
     path, waiting = f'{folder}/best.pt', False
     while True:
-        if files.is_locked(folder):
+        if files.is_locked(f'{folder}/.lock'):
             if not waiting:
                 say(f'no teacher given: waiting for the one that another run trains in {folder}')
             waiting = True
@@ -261,7 +260,9 @@ def standard_teacher(args):
             return None
         say(f'no teacher given, and none in {folder} that is finished: training it first')
         script = os.path.join(ROOT, 'train_teacher.py')
-        command = [sys.executable, script, *flags, f'--out={folder}', '--resume']
-        status = subprocess.run(command).returncode
-        if status and not files.is_locked(folder):        # another run may have been quicker
+        try:
+            status = child.run([script, *flags, f'--out={folder}', '--resume'])
+        except child.Stopped:
+            sys.exit('stopped while the teacher was trained; the same command continues')
+        if status and not files.is_locked(f'{folder}/.lock'):        # another run may have been quicker
             sys.exit(f'no teacher, no student: train_teacher.py ended with status {status}')

@@ -302,6 +302,21 @@ def test_other_signals_save_too(number, tmp_path):
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and 'Continue with: python' in err and (tmp_path / 'state.pt').exists()
 
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_teacher_is_trained_first_saves_it(number, tmp_path):
+    process = started([sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '24'],
+                      cwd=tmp_path, start_new_session=True)
+    folder = tmp_path / 'runs/synthetic-resnet18-w24-teacher'
+    begun(folder, process)
+    if number == signal.SIGINT:                             # a terminal sends it to both
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and 'Continue with: python' in err
+    assert err.endswith('stopped while the teacher was trained; the same command continues\n')
+    assert (folder / 'state.pt').exists() and not files.is_locked(folder / '.lock')
+
 def test_a_closed_pipe_does_not_end_a_training(tmp_path):
     command = ' '.join([*ADV, str(tmp_path), '--loss', 'pgd_at'])
     done = subprocess.run(['bash', '-c', f'{command} | head -1; exit ${{PIPESTATUS[0]}}'],

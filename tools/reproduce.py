@@ -18,7 +18,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ import torch
 
 import data
 import models
-from support import checkpoint, describe, files, refusals
+from support import checkpoint, child, describe, files, refusals
 from support.files import atomic, say
 from tools import results
 from tools.plan import ROOT, Plan, all_flags, evaluations, first_jobs, head, is_evaluated, is_trained
@@ -41,35 +40,20 @@ STEP_PASSES, AUTOATTACK_PASSES, WITHSTAND = 7, 9800, 0.4
 # -----------------------------------------------------------------------------
 # doing it
 
-stop_asked = False
-
 def run(place, job):
-    """-> did it end well? A signal to stop goes on to the training or evaluation, which saves, and ends this
-    one."""
+    """-> did it end well?"""
     say(f'$ {shown(place, job)}')
     script, *argv = shlex.split(shown(place, job))[1:]
-    child = subprocess.Popen([sys.executable, os.path.join(ROOT, script), *argv], cwd=place.base)
-    def pass_on(number, frame):
-        global stop_asked
-        stop_asked = True
-        if number != signal.SIGINT:             # Ctrl-C reaches both
-            child.send_signal(number)
-    numbers = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-    before = {number: signal.signal(number, pass_on) for number in numbers}
     try:
-        status = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if stop_asked:
+        return child.run([os.path.join(ROOT, script), *argv], cwd=place.base) == 0
+    except child.Stopped:
         sys.exit('stopped; the same command continues')
-    return status == 0
 
 def train(place, job):
     """Trains what is not trained yet. -> None, or what is in the way, in words."""
     if is_trained(place, job):
         return None
-    if files.is_locked(os.path.join(place.base, job.product)):
+    if files.is_locked(os.path.join(place.base, job.product, '.lock')):
         return f'another process is training {job.product}'
     if not run(place, job):
         return f'the training of {job.product} ended with an error'

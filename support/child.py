@@ -1,0 +1,32 @@
+"""
+Another of the scripts, run by this one.
+"""
+import signal
+import subprocess
+import sys
+
+class Stopped(Exception):
+    """A signal asked this script to stop while the other one worked; that one has saved and ended."""
+
+def run(command, cwd=None):
+    """python COMMAND, a list -> its exit status. SIGINT, SIGTERM and SIGHUP go on to it; once it has saved
+    and ended, Stopped is raised here."""
+    child = subprocess.Popen([sys.executable, *command], cwd=cwd)
+    asked = False
+
+    def pass_on(number, frame):
+        nonlocal asked
+        asked = True
+        if number != signal.SIGINT:             # Ctrl-C reaches both
+            child.send_signal(number)
+
+    numbers = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
+    before = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        raise Stopped
+    return status
