@@ -308,8 +308,8 @@ if args.dry_run:
 
 saved = shards.Saved(f'{args.out}.state', evaluated, shard)
 if saved.mine(0):
-    shards.reserve(args.out, 'out')
     shards.reserve(args.save_adv, 'save-adv')
+    shards.reserve(args.out, 'out')
 
 results, recount, flags = {}, {}, {}
 aa_warnings, audited = [], []
@@ -354,8 +354,7 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
         files.say(args.save_adv)
     save(complete=True)
 
-if shard[1] == 1:
-    saved.delete()
+saved.leave()
 files.say(args.out)
 if args.figures and saved.mine(0):
     try:

@@ -8,6 +8,7 @@ command goes on where it was; started several times over, as other shards, it sh
 
 What is computed must depend on the fingerprint, the name and the batch alone: every batch has its own seed.
 """
+import atexit
 import contextlib
 import glob
 import hashlib
@@ -25,7 +26,7 @@ from support.files import Refused, atomic, cannot_write, out_of_memory, say
 from support.refusals import refuse
 
 UNFINISHED = '"complete": false'
-TELL, GIVE_UP = 30, 3600        # seconds: between two lines on the screen; of waiting without a new file
+TELL, GIVE_UP = 30, 3600        # seconds: between two lines on the screen; of waiting for a shard that is away
 
 # -----------------------------------------------------------------------------
 # the screen
@@ -118,7 +119,7 @@ class Saved:
     where this shard, or the whole evaluation, is at work already.
     """
     def __init__(self, folder, fingerprint, shard=(0, 1)):
-        self.folder, self.shard = folder, shard
+        self.folder, self.shard, self.locks = folder, shard, []
         path = f'{folder}/fingerprint.json'
         try:
             os.makedirs(folder, exist_ok=True)
@@ -140,16 +141,24 @@ class Saved:
                 refuse(f'{folder} holds a part of another evaluation ({k} was {old.get(k)}, '
                        f'is {fingerprint.get(k)}): delete it, or choose another --out')
 
+    def _lock_of(self, i):
+        return f'{self.folder}/.lock-{i}-of-{self.shard[1]}'
+
     def _lock(self):
         """Shards share the folder, each of them once; an evaluation that is no shard has it alone. Held until
         the process ends, however it does."""
         i, n = self.shard
-        self.locks = [open(f'{self.folder}/.lock', 'a+'), open(f'{self.folder}/.lock-{i}', 'a+')]
+        for path in glob.glob(f'{glob.escape(self.folder)}/.lock-*-of-*'):
+            other = int(path.rpartition('-')[2])
+            if n > 1 and other != n and files.is_locked(path):
+                refuse(f'--shard {i}/{n}: a shard of {other} is at work on {self.folder}')
+        self.locks = [open(f'{self.folder}/.lock', 'a+'), open(self._lock_of(i), 'a+')]
         if not (files.lock(self.locks[0], shared=n > 1) and files.lock(self.locks[1])):
             report = self.folder.removesuffix('.state')
             what = 'another evaluation' if n == 1 else f'shard {i}, or the whole evaluation,'
             raise Refused(f'{what} is at work on {report}: wait for it, choose another --out, '
                           'or share the work from the start with --shard')
+        atexit.register(self.leave)
         if n == 1:                                  # nobody else writes here: these are of a killed one
             for left_over in glob.glob(f'{glob.escape(self.folder)}/.*.tmp'):
                 os.remove(left_over)
@@ -188,26 +197,41 @@ class Saved:
                 self.once(keys[k], fn, k, i)
         for k, i in enumerate(batches):
             if not self.mine(k):
-                self.wait(keys[k])
+                self.wait(keys[k], k % self.shard[1])
             yield i, self.once(keys[k], fn, k, i)
 
-    def wait(self, key):
-        """Until another process has stored it: ends the script if nothing new appears for an hour."""
-        known, changed, told = None, time.monotonic(), time.monotonic()
+    def wait(self, key, owner):
+        """Until shard owner has stored it. Ends the script if that is not at work for an hour."""
+        seen, told = time.monotonic(), time.monotonic()
         while not os.path.exists(f'{self.folder}/{key}.pt'):
             if not os.path.exists(self.folder):
                 refuse(f'{self.folder} was deleted while this evaluation worked in it: start it again')
             time.sleep(0.2)
-            now, content = time.monotonic(), len(os.listdir(self.folder))
-            if content != known:
-                known, changed = content, now
-            if now - told > TELL:
-                told = now
-                say(f'waiting for {key}, which another shard of {self.shard[1]} computes; '
-                    f'nothing new for {(now - changed) / 60:.0f} of at most {GIVE_UP / 60:g} minutes')
-            if now - changed > GIVE_UP:
-                refuse(f'nothing new in {self.folder} for {GIVE_UP / 60:g} minutes, and {key} of another '
-                       'shard is missing: start that shard, and this command again')
+            now = time.monotonic()
+            if now - told < TELL:
+                continue
+            told = now
+            if files.is_locked(self._lock_of(owner)):
+                seen = now
+                say(f'waiting for {key}, which shard {owner} of {self.shard[1]} computes')
+            elif now - seen < GIVE_UP:
+                say(f'waiting for {key}, and shard {owner} of {self.shard[1]} is not at work: start it')
+            else:
+                refuse(f'{key} is missing, and for {GIVE_UP / 60:g} minutes shard {owner} of {self.shard[1]} '
+                       'was not at work: start it, and this command again')
 
-    def delete(self):
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def leave(self):
+        """At the end, at the latest the process's: the last in the folder takes it along, if the report is
+        whole or nothing has been computed."""
+        atexit.unregister(self.leave)
+        for file in self.locks:
+            file.close()
+        report, whole = self.folder.removesuffix('.state'), False
+        with contextlib.suppress(OSError), open(f'{self.folder}/.lock', 'r+') as last:
+            if not files.lock(last):
+                return
+            if os.path.isfile(report):
+                with open(report) as f:
+                    whole = UNFINISHED not in f.read()
+            if whole or not glob.glob(f'{glob.escape(self.folder)}/*.pt'):
+                shutil.rmtree(self.folder)

@@ -338,6 +338,11 @@ def test_the_estimate_adds_up(monkeypatch):
              'pgd-50 25.0')
     assert shown in says and f'about {1 + 0.1 + 20 + aa + 20 + 10 + 25:.1f} minutes' in says
 
+    args.shard = '0/5'                  # the audit is the first process's alone
+    says = estimate.estimate(args, True, None, None, [0], [0])[1]
+    audited = 100 * (107 * 0.1 + 35 * 0.01) / 60 + 10 * (203 * 0.1 + 210 * 0.01) / 60
+    assert f'about {1 + 0.1 + audited + (20 + aa + 20 + 10 + 25) / 5:.1f} minutes with 5 processes' in says
+
 def test_the_name_of_a_report_tells_what_its_rows_depend_on():
     args = dict(checkpoint='best.pt', attacks=['pgd'], norm='Linf', eps=8.0, step_size=2.0, n=100, steps=20,
                 restarts=1, seed=0, transfer_from=None, sweep_eps=[], sweep_steps=[], verify=None, fast=False,

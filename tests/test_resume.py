@@ -52,7 +52,7 @@ def test_killed_three_times(model, expected, tmp_path):
 def test_four_shards(model, expected, tmp_path):
     shards = [start(model, tmp_path / 'e.json', '--shard', f'{i}/4') for i in range(4)]
     assert [process.wait() for process in shards] == [0] * 4
-    assert report(tmp_path / 'e.json') == expected
+    assert report(tmp_path / 'e.json') == expected and not (tmp_path / 'e.json.state').exists()
 
 def test_half_of_another_evaluation_is_refused(model, tmp_path, capsys):
     process = start(model, tmp_path / 'e.json')

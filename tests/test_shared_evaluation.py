@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -58,7 +59,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize('held, second, refused', [
     ((0, 1), (0, 1), True), ((0, 2), (0, 2), True), ((0, 2), (0, 1), True), ((0, 1), (1, 2), True),
-    ((0, 2), (1, 2), False)])
+    ((0, 2), (1, 2), False), ((0, 2), (1, 3), True)])
 def test_who_may_share_a_folder(held, second, refused, tmp_path):
     holder = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path / 's'), *map(str, held)], cwd=HERE,
                               text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -68,7 +69,7 @@ def test_who_may_share_a_folder(held, second, refused, tmp_path):
             shards.Saved(str(tmp_path / 's'), {}, second)
     else:
         shards.Saved(str(tmp_path / 's'), {}, second)
-    holder.kill()                                   # however it ends, the lock goes with it
+    holder.kill()                                   # however it ends, its locks go with it
     holder.communicate()
     shards.Saved(str(tmp_path / 's'), {}, second)
 
@@ -76,10 +77,27 @@ def test_a_shard_says_what_it_waits_for_and_gives_up(tmp_path, monkeypatch, caps
     monkeypatch.setattr(shards, 'TELL', 0.3)
     monkeypatch.setattr(shards, 'GIVE_UP', 1.5)
     saved, t0 = shards.Saved(str(tmp_path / 's'), {}, (0, 2)), time.monotonic()
-    with pytest.raises(Refused, match='pgd-1 of another shard is missing'):
-        saved.wait('pgd-1')
+    with pytest.raises(Refused, match='pgd-1 is missing, and for .* minutes shard 1 of 2 was not at work'):
+        saved.wait('pgd-1', 1)
     assert 1.4 < time.monotonic() - t0 < 10
-    assert 'waiting for pgd-1, which another shard of 2 computes' in capsys.readouterr().out
+    assert 'waiting for pgd-1, and shard 1 of 2 is not at work: start it' in capsys.readouterr().out
+
+def test_a_shard_waits_for_one_that_is_at_work_however_long(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shards, 'TELL', 0.3)
+    monkeypatch.setattr(shards, 'GIVE_UP', 0.5)
+    holder = subprocess.Popen([sys.executable, '-c', HOLD, str(tmp_path / 's'), '1', '2'], cwd=HERE,
+                              text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == 'held\n'
+    saved = shards.Saved(str(tmp_path / 's'), {}, (0, 2))
+    threading.Timer(2, (tmp_path / 's/pgd-1.pt').touch).start()
+    saved.wait('pgd-1', 1)
+    assert 'waiting for pgd-1, which shard 1 of 2 computes' in capsys.readouterr().out
+
+    saved.leave()                                   # the other is there
+    assert (tmp_path / 's').exists()
+    (tmp_path / 's/pgd-1.pt').unlink()
+    holder.communicate('')                          # it ends, and nothing has been computed
+    assert not (tmp_path / 's').exists()
 
 def test_a_long_batch_shows_on_a_screen_that_is_no_terminal(monkeypatch, capsys):
     monkeypatch.setattr(shards, 'TELL', 0.1)
