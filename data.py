@@ -82,6 +82,8 @@ def from_npz(path, classes):
         with np.load(path, allow_pickle=False) as z:
             arrays = [z[k] if k in z else None for k in names]
     except Exception as e:         # zipfile, zlib and numpy each have their own for a damaged or foreign file
+        if isinstance(e, OSError) and e.strerror:
+            raise Refused(f'cannot read {path}: {e.strerror}') from e
         raise Refused(f'{path} is not an npz file of plain arrays, or is truncated '
                          f'({type(e).__name__})') from e
     missing = [k for k, a in zip(names, arrays) if a is None]
@@ -206,14 +208,16 @@ def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, de
     return Dataset(name, classes, augment, x_train[train], y_train[train],
                    x_train[val], y_train[val], x_test, y_test)
 
-def missing_classes(d):
-    """A note for the screen where the training images lack classes, or None."""
+def missing_classes(d, subset):
+    """A note for the screen where the training images lack classes, or None. subset: of --subset."""
     present = d.y_train.unique()
     if len(present) == d.classes:
         return None
     shown = ' '.join(map(str, present[:10].tolist())) + (' ...' if len(present) > 10 else '')
-    return (f'note: the training images show {len(present)} of {d.classes} classes ({shown}): is the file '
-            'sorted by label? --subset with --subset-seed draws at random')
+    why = 'do the labels count from 0 without gaps?'
+    if subset:
+        why = 'is the file sorted by label? --subset with --subset-seed draws at random'
+    return f'note: the training images show {len(present)} of {d.classes} classes ({shown}): {why}'
 
 def fingerprint(d):
     """16 hex digits of the training images (of ImageNet's: their paths), labels and number of classes."""

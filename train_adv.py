@@ -142,7 +142,7 @@ d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.
               augment=args.augment, device=device)
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
 n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
-notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
+notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d, args.subset)]
 refusals.radius(args.norm, [args.eps], d.x_train)
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()

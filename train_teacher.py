@@ -76,7 +76,7 @@ dtype = models.precision(args.amp, device)                      # None: fp32, an
 
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
               augment=args.augment, device=device)
-notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d)]
+notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d, args.subset)]
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
 torch.manual_seed(args.seed)

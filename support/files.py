@@ -30,6 +30,10 @@ def atomic(path):
         with open(tmp, 'rb+') as f:
             os.fsync(f.fileno())            # on disk before the name points at it
         os.replace(tmp, path)
+    except OSError as e:
+        if e.filename in (None, tmp):       # a full disk names no file
+            e.filename = path
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.remove(tmp)
@@ -54,12 +58,12 @@ def lock(file, shared=False):
         return False
     return True
 
-def is_locked(folder):
-    """Is a run at work in it?"""
-    if not os.path.exists(f'{folder}/.lock'):
+def is_locked(path):
+    """Does another process hold this lock? Of a run it is FOLDER/.lock."""
+    if not os.path.exists(path):
         return False
-    with open(f'{folder}/.lock', 'r+') as f:        # closing it lets go again
-        return not lock(f)
+    with open(path) as f:               # a shared lock asks for no right to write; closing it lets go again
+        return not lock(f, shared=True)
 
 # -----------------------------------------------------------------------------
 # what goes wrong

@@ -42,6 +42,10 @@ def load(folder, training=True):
     """(x_train, y_train, x_test, y_test), Files and numpy labels, and the number of classes. training=False:
     no training images, and DIR/train is not looked for. Raises Refused."""
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+    def is_image(path):             # macOS leaves ._n.JPEG beside n.JPEG
+        return path.lower().endswith(IMG_EXTENSIONS) and not os.path.basename(path).startswith('.')
+
     found = {}
     for split in ('val', 'train'):
         path = os.path.join(folder, split)
@@ -49,8 +53,9 @@ def load(folder, training=True):
             found[split] = found['val'][0], []
             continue
         try:
-            classes, index = find_classes(path)
-            found[split] = classes, make_dataset(path, index, IMG_EXTENSIONS)
+            classes = [name for name in find_classes(path)[0] if not name.startswith('.')]
+            index = {name: k for k, name in enumerate(classes)}
+            found[split] = classes, make_dataset(path, index, is_valid_file=is_image)
         except OSError as e:                    # no such folder, or a class without an image
             raise Refused(f'--dataset imagenet: {path} should be a folder of class folders of images: '
                              f'{e.strerror or e}') from e

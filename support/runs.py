@@ -229,6 +229,7 @@ class Run:
             if self.args.dry_run:           # one of them is enough to be timed
                 self.timed_share = 1 / total
                 break
+        self.at = f'after {what}'
         if torch.cuda.is_available():       # the clock is for what is computed, not for what is asked for
             torch.cuda.synchronize()
 
@@ -289,9 +290,6 @@ class Run:
                 if number is None or signal.getsignal(number) is signal.SIG_IGN:        # nohup ignores SIGHUP
                     continue
                 before[number] = signal.signal(number, self._signal)
-        intact = f'{self.folder} holds what was saved before, and --resume continues'
-        if self.args.dry_run:
-            intact = 'nothing was written'
         try:
             yield
         except Stopped:
@@ -299,18 +297,18 @@ class Run:
                 sys.exit(f'\nstopped {self.at}. Continue with: {self._command()}')
             sys.exit(1)
         except KeyboardInterrupt:
-            sys.exit(f'\nstopped {self.at}; {intact}')
+            sys.exit(f'\nstopped {self.at}; {self._intact()}')
         except FloatingPointError as e:
             kept = ' best.pt is that of the best epoch before.' if self.rows else ''
             sys.exit(f'{e}. Stopped.{kept} Begin anew, with a lower --lr or --amp off, and another --out')
         except OSError as e:
             unwritten = e.strerror and e.errno not in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
             what = files.cannot_write(self.folder, e) if unwritten else str(e)
-            sys.exit(f'{what}. Stopped {self.at}; {intact}')
+            sys.exit(f'{what}. Stopped {self.at}; {self._intact()}')
         except RuntimeError as e:
             if 'DataLoader worker' in str(e):
                 sys.exit(f'{e}. A process that decodes images has died: too little memory, or shared memory '
-                         f'(/dev/shm; docker run --shm-size)? Stopped {self.at}; {intact}')
+                         f'(/dev/shm; docker run --shm-size)? Stopped {self.at}; {self._intact()}')
             if 'file too short' in str(e):
                 sys.exit(f"a compilation that was killed has left half a file in PyTorch's cache: delete "
                          f'{torch._inductor.runtime.cache_dir_utils.cache_dir()} and start again')
@@ -321,6 +319,13 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _intact(self):
+        if self.args.dry_run:
+            return 'nothing was written'
+        if not os.path.exists(f'{self.folder}/state.pt'):
+            return 'nothing had been saved to continue from'
+        return f'{self.folder} holds what was saved before, and --resume continues'
 
     def _command(self):
         launcher = 'python'

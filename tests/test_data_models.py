@@ -132,9 +132,11 @@ def test_a_sorted_file_is_said_and_drawn_from(tmp_path, capsys):
     np.savez(tmp_path / 'mine.npz', x_train=x[order], y_train=y[order], x_test=u, y_test=v)
     first, drawn, again, other = [data.load('mine', tmp_path, subset=100, subset_seed=seed)
                                   for seed in (None, 0, 0, 1)]
-    note = data.missing_classes(first)
+    note = data.missing_classes(first, 100)
     assert '2 of 10 classes (0 1)' in note and '--subset-seed' in note
-    assert data.missing_classes(drawn) is None
+    other_note = data.missing_classes(first, None)          # nothing was cut: to draw would not help
+    assert '2 of 10 classes (0 1): do the labels count from 0 without gaps?' in other_note
+    assert data.missing_classes(drawn, 100) is None
     assert torch.equal(drawn.x_train, again.x_train) and not torch.equal(drawn.x_train, other.x_train)
     run('train_adv.py', '--loss', 'standard', '--dataset', 'mine', '--data-dir', tmp_path, '--subset', 100,
         '--width', 4, '--batch-size', 50, '--epochs', 1, '--out', tmp_path / 'm')

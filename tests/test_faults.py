@@ -1,6 +1,6 @@
 """A disk that fills up, an impatient user, no network: one clear line each, and what was
 saved before is intact."""
-import pathlib, resource, subprocess, sys, time
+import os, pathlib, resource, subprocess, sys, tempfile, time
 
 import numpy as np
 import pytest
@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 import data, losses, models
-from support import checkpoint
+from support import checkpoint, files
 from support.files import Refused
 from test_smoke import TINY, run
+from tools import compare
 
 HERE = pathlib.Path(__file__).parent.parent
 COMMAND = [sys.executable, str(HERE / 'train_teacher.py'), '--dataset', 'synthetic', '--width', '4',
@@ -38,6 +39,47 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         checkpoint.save_checkpoint(tmp_path / 'a.pt', net, epoch=2, x=Unsavable())
     assert checkpoint.load_checkpoint(tmp_path / 'a.pt')[1]['epoch'] == 1
     assert len(list(tmp_path.iterdir())) == 1
+
+def test_a_full_disk_is_said_of_the_file_that_did_not_fit(tmp_path):
+    with pytest.raises(OSError) as e, files.atomic(tmp_path / 'a.pt'):
+        raise OSError(28, 'No space left on device')
+    assert e.value.filename == tmp_path / 'a.pt'
+
+@pytest.fixture
+def of_others():
+    """A folder that everyone may read; the test is run as somebody who is not root."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield pathlib.Path(folder)
+        if os.getuid() == 0:
+            os.seteuid(0)
+
+def become_nobody():
+    if os.getuid() == 0:
+        os.seteuid(65534)
+
+def test_a_lock_of_somebody_elses_run_can_be_looked_at(of_others):
+    path = of_others / '.lock'
+    hold = "import sys; from support import files; f = open(sys.argv[1], 'w'); print(files.lock(f)); input()"
+    holder = subprocess.Popen([sys.executable, '-uc', hold, path], cwd=HERE, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == 'True\n'
+    os.chmod(path, 0o444)
+    become_nobody()
+    assert files.is_locked(path)
+    holder.communicate('\n')
+    assert not files.is_locked(path)
+
+def test_what_may_not_be_read_is_said_so(of_others, capsys):
+    np.savez(of_others / 'mine.npz', x=np.zeros(3))
+    for name in 'a.json', 'mine.npz':
+        (of_others / name).touch()
+        os.chmod(of_others / name, 0)
+    become_nobody()
+    with pytest.raises(Refused, match=r'cannot read .*mine\.npz: Permission denied'):
+        data.load('mine', of_others)
+    compare.found(of_others)
+    assert 'a.json: Permission denied' in capsys.readouterr().out
 
 def test_a_second_run_does_not_overwrite_the_first(tmp_path):
     checkpoint.save_checkpoint(tmp_path / 'last.pt', models.build('resnet18', 10, width=4))

@@ -35,6 +35,15 @@ def tree(folder, train=10, val=6):
                 image.save(folder / split / name / f'{name}_{k}.JPEG')
     return folder
 
+def test_hidden_files_and_folders_are_no_images(folder):
+    before = data.load('imagenet', folder)
+    for path in 'train/n01/._n01_0.JPEG', 'val/n01/._n01_0.JPEG', 'train/.ipynb_checkpoints/a.txt':
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text('')
+    after = data.load('imagenet', folder)
+    assert after.classes == 4 and sorted(after.x_test.paths) == sorted(before.x_test.paths)
+    assert len(after.y_train) + len(after.y_val) == 40
+
 def test_crops_are_torchvisions_and_of_the_right_image(folder):
     d = data.load('imagenet', folder)
     assert (d.classes, len(d.y_train), len(d.y_val), len(d.y_test)) == (4, 36, 4, 24)

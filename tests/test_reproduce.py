@@ -240,7 +240,7 @@ def test_a_signal_to_stop_goes_on_to_the_training_which_saves(tmp_path):
     os.kill(stopped.pid, signal.SIGTERM)
     output, _ = stopped.communicate(timeout=300)
     assert stopped.returncode == 1 and output.rstrip().endswith('stopped; the same command continues'), output
-    assert 'Continue with: python' in output and state() and not files.is_locked(state().parent)
+    assert 'Continue with: python' in output and state() and not files.is_locked(state().parent / '.lock')
     assert 'evaluate.py' not in output.split('Continue with')[0]
 
 def test_dry_run_measures_with_teachers_that_are_not_there(tmp_path):
@@ -262,7 +262,7 @@ def plan(tmp_path):
 def test_a_row_that_fails_and_one_that_others_train_are_said(plan, monkeypatch):
     monkeypatch.setattr(reproduce, 'run', lambda plan, job: False)
     assert reproduce.do_row(plan, 'trades', 0).endswith('ended with an error')
-    monkeypatch.setattr(reproduce.files, 'is_locked', lambda folder: True)
+    monkeypatch.setattr(reproduce.files, 'is_locked', lambda path: True)
     assert 'another process is training runs/' in reproduce.do_row(plan, 'trades', 0)
 
 def test_one_report_serves_best_and_last_of_the_same_weights(plan, tmp_path, monkeypatch):

@@ -38,8 +38,8 @@ ROUNDS = 5
 
 # -----------------------------------------------------------------------------
 # flags
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 allow_abbrev=False, add_help=False)
+parser = argparse.ArgumentParser(prog='python -m tools.bench', description=__doc__, allow_abbrev=False,
+                                 formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
 refusals.one_line(parser)
 arg = parser.add_argument
 arg('--loss', default='logit_mse', choices=METHODS, help='its hyper-parameters are flags, too')

@@ -49,7 +49,9 @@ def found(folder):
     """The logs in a folder, path -> (configuration, epochs), and the reports, path -> content, finished or
     not. Any other JSON is left out."""
     logs, reports = {}, {}
-    for root, folders, names in os.walk(folder):
+    def unreadable(problem):
+        say(f'note: cannot read {problem.filename}: {problem.strerror}')
+    for root, folders, names in os.walk(folder, onerror=unreadable):
         folders.sort()
         for name in sorted(names):
             path = os.path.join(root, name)
@@ -59,7 +61,7 @@ def found(folder):
                 elif name.endswith('.json'):
                     reports[path] = reading.load(path, unfinished=True)
             except Refused as e:
-                if name.endswith('.jsonl'):
+                if name.endswith('.jsonl') or isinstance(e.__cause__, OSError):
                     say(f'note: {e}')
     return logs, reports
 
@@ -263,7 +265,7 @@ def side_by_side(paths, picture=None):
         scatter(picture, paths, reports, clean, judge)
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog='python -m tools.compare', description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     refusals.one_line(parser)
     plain_output()

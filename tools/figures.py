@@ -159,7 +159,7 @@ def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=
     return figures
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog='python -m tools.figures', description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     refusals.one_line(parser)
     plain_output()

@@ -364,7 +364,7 @@ def handle_signals():
         signal.signal(number, signal.default_int_handler)
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog='python -m tools.gpu_day', description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     refusals.one_line(parser)
     files.plain_output()
