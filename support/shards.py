@@ -26,7 +26,7 @@ from support.files import Refused, atomic, cannot_write, out_of_memory, say
 from support.refusals import refuse
 
 UNFINISHED = '"complete": false'
-TELL, GIVE_UP = 30, 3600        # seconds: between two lines on the screen; of waiting for a shard that is away
+TELL, GIVE_UP = 30, 3600        # seconds: between two lines on the screen; of waiting for an absent shard
 
 # -----------------------------------------------------------------------------
 # the screen
