@@ -20,8 +20,10 @@ def run(command, cwd=None):
         if number != signal.SIGINT:             # Ctrl-C reaches both
             child.send_signal(number)
 
-    numbers = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP') if hasattr(signal, name)]
-    before = {number: signal.signal(number, pass_on) for number in numbers}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', None)):
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:       # nohup ignores SIGHUP
+            before[number] = signal.signal(number, pass_on)
     try:
         status = child.wait()
     finally:

@@ -302,6 +302,12 @@ def test_other_signals_save_too(number, tmp_path):
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and 'Continue with: python' in err and (tmp_path / 'state.pt').exists()
 
+def test_nohup_holds_while_another_script_is_run():
+    code = ('import os, signal; from support import child; signal.signal(signal.SIGHUP, signal.SIG_IGN); '
+            'print(child.run(["-c", "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"]))')
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == '0\n', done
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_the_teacher_is_trained_first_saves_it(number, tmp_path):
     process = started([sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '24'],
