@@ -1,6 +1,5 @@
 """Bad input is one clear line that says what to do, before any work starts; never a traceback."""
 import importlib.util
-import subprocess
 import types
 
 import numpy as np
@@ -17,8 +16,7 @@ def test_half_a_teacher_is_not_taken(tmp_path, monkeypatch):
     checkpoint.save_checkpoint(f'{folder}/last.pt', models.build('resnet18', 10, width=4),
                            dataset='synthetic', epoch=3, run=dict(epochs=9))
     asked = []
-    monkeypatch.setattr(subprocess, 'run', lambda command: asked.append(command) or
-                        types.SimpleNamespace(returncode=2))
+    monkeypatch.setattr(checkpoint.child, 'run', lambda command: asked.append(command) or 2)
     with pytest.raises(SystemExit, match='no teacher, no student'):
         run('train_adv.py', *TINY, '--out', tmp_path / 'out')
     assert len(asked) == 1 and {f'--out={folder}', '--resume'} <= set(asked[0])     # it is to be finished
