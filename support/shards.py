@@ -202,7 +202,7 @@ class Saved:
 
     def wait(self, key, owner):
         """Until shard owner has stored it. Ends the script if that is not at work for an hour."""
-        seen, told = time.monotonic(), time.monotonic()
+        seen, told, known = time.monotonic(), time.monotonic(), os.listdir(self.folder)
         while not os.path.exists(f'{self.folder}/{key}.pt'):
             if not os.path.exists(self.folder):
                 refuse(f'{self.folder} was deleted while this evaluation worked in it: start it again')
@@ -210,9 +210,11 @@ class Saved:
             now = time.monotonic()
             if now - told < TELL:
                 continue
-            told = now
-            if files.is_locked(self._lock_of(owner)):
+            told, before, known = now, known, os.listdir(self.folder)
+            at_work = files.is_locked(self._lock_of(owner))
+            if at_work or known != before:      # some file systems of a network keep no locks
                 seen = now
+            if at_work:
                 say(f'waiting for {key}, which shard {owner} of {self.shard[1]} computes')
             elif now - seen < GIVE_UP:
                 say(f'waiting for {key}, and shard {owner} of {self.shard[1]} is not at work: start it')

@@ -82,6 +82,16 @@ def test_a_shard_says_what_it_waits_for_and_gives_up(tmp_path, monkeypatch, caps
     assert 1.4 < time.monotonic() - t0 < 10
     assert 'waiting for pgd-1, and shard 1 of 2 is not at work: start it' in capsys.readouterr().out
 
+def test_without_locks_new_files_are_a_sign_of_life(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, 'TELL', 0.2)
+    monkeypatch.setattr(shards, 'GIVE_UP', 1.5)
+    saved, t0 = shards.Saved(str(tmp_path / 's'), {}, (0, 2)), time.monotonic()
+    for seconds in 1, 2:
+        threading.Timer(seconds, (tmp_path / f's/pgd-{seconds}.pt').touch).start()
+    with pytest.raises(Refused, match='pgd-9 is missing'):
+        saved.wait('pgd-9', 1)
+    assert time.monotonic() - t0 > 3
+
 def test_a_shard_waits_for_one_that_is_at_work_however_long(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shards, 'TELL', 0.3)
     monkeypatch.setattr(shards, 'GIVE_UP', 0.5)
