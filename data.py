@@ -17,9 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from support import imagenet
+from support import imagenet, sources
+from support.files import Refused
 from support.imagenet import Files
-from support.files import Refused, atomic, cannot_write
 
 # What a dataset brings with it; explicit flags win. eps in pixels (0..255). flags: of both training scripts;
 # epochs, steps: of train_adv.py. A file of another name gets OTHER.
@@ -73,85 +73,6 @@ class Dataset(NamedTuple):
         return mean, std
 
 # -----------------------------------------------------------------------------
-# sources: each returns x_train, y_train, x_test, y_test as numpy arrays
-
-def from_npz(path, classes):
-    """Any file of the four arrays, checked. Raises Refused with what is wrong and where."""
-    names = 'x_train', 'y_train', 'x_test', 'y_test'
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            arrays = [z[k] if k in z else None for k in names]
-    except Exception as e:         # zipfile, zlib and numpy each have their own for a damaged or foreign file
-        if isinstance(e, OSError) and e.strerror:
-            raise Refused(f'cannot read {path}: {e.strerror}') from e
-        raise Refused(f'{path} is not an npz file of plain arrays, or is truncated '
-                         f'({type(e).__name__})') from e
-    missing = [k for k, a in zip(names, arrays) if a is None]
-    if missing:
-        raise Refused(f'{path} has no array {" ".join(missing)}: it needs {" ".join(names)}')
-    for i in 0, 2:
-        if arrays[i].ndim == 3:                     # grey
-            arrays[i] = arrays[i][..., None]
-    for split, x, y in (('train', *arrays[:2]), ('test', *arrays[2:])):
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] not in (1, 3):
-            raise Refused(f'{path}: x_{split} is {x.dtype} {x.shape}; images are uint8 (N, H, W, 3), '
-                          'or grey (N, H, W), 0 to 255')
-        if y.dtype.kind not in 'iu' or y.shape != x.shape[:1]:
-            raise Refused(f'{path}: y_{split} is {y.dtype} {y.shape}; '
-                             f'labels are integers, one per image, here ({len(x)},)')
-        if len(y) < 2 or not x.size:
-            raise Refused(f'{path}: x_{split} holds {len(y)} images of {x.shape[1]} x {x.shape[2]} pixels')
-        classes = classes or int(y.max()) + 1           # of the training labels, where nothing else says
-        if classes > max(1000, len(arrays[1])):
-            raise Refused(f'{path}: labels up to {classes - 1} on {len(arrays[1])} training images: '
-                          'number the classes from 0')
-        if y.min() < 0 or y.max() >= classes:
-            raise Refused(f'{path}: y_{split} holds labels {y.min()} to {y.max()}, '
-                             f'outside the classes 0 to {classes - 1}')
-    if arrays[0].shape[1:] != arrays[2].shape[1:]:
-        raise Refused(f'{path}: training images are {arrays[0].shape[1:]}, '
-                         f'test images {arrays[2].shape[1:]}')
-    return arrays
-
-def from_torchvision(name, folder):
-    """Download, then keep as folder/name.npz."""
-    import torchvision
-    cls = {'cifar10': torchvision.datasets.CIFAR10, 'cifar100': torchvision.datasets.CIFAR100}[name]
-    path = os.path.join(folder, f'{name}.npz')
-    try:
-        train, test = cls(folder, train=True, download=True), cls(folder, train=False)
-    except Exception as e:                  # no route, no such host, a proxy's page, a broken archive
-        raise Refused(f'{name} could not be downloaded ({type(e).__name__}: {e}). Put {path} there '
-                         'yourself (x_train y_train x_test y_test, uint8 images NHWC), '
-                         'or use --dataset digits, which needs no download') from e
-    arrays = train.data, np.array(train.targets), test.data, np.array(test.targets)
-    try:
-        with atomic(path) as tmp, open(tmp, 'wb') as f:
-            np.savez(f, **dict(zip(('x_train', 'y_train', 'x_test', 'y_test'), arrays)))
-    except OSError as e:
-        raise Refused(cannot_write(path, e)) from e
-    return arrays
-
-def digits():
-    """UCI's handwritten digits, 8x8 in 17 grey levels, each pixel repeated to 4x4.
-    Every fourth image is a test image."""
-    from sklearn.datasets import load_digits
-    images, y = load_digits(return_X_y=True)
-    x = (images.reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8).repeat(4, 1).repeat(4, 2)
-    x, test = np.stack([x] * 3, 3), np.arange(len(x)) % 4 == 3
-    return x[~test], y[~test], x[test], y[test]
-
-def synthetic():
-    """Ten smooth random patterns, shifted and noisy: 640 training and 256 test images that a
-    small network learns within an epoch or two."""
-    g = torch.Generator().manual_seed(0)
-    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=g), size=(32, 32), mode='bilinear')
-    y = torch.arange(896) % 10
-    x = 127 + 50 * patterns[y] + 25 * torch.randn(896, 3, 32, 32, generator=g)
-    x = x.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return x[:640], y[:640].numpy(), x[640:], y[640:].numpy()
-
-# -----------------------------------------------------------------------------
 
 def row(name, folder='data'):
     """The defaults a dataset brings with it.
@@ -179,13 +100,13 @@ def load(name, folder='data', *, subset=None, subset_seed=None, augment=None, de
     if name == 'imagenet' and augment == 'crop':
         raise Refused('--augment crop: of ImageNet every image is cropped and flipped, or none')
     if os.path.exists(path):
-        arrays = from_npz(path, classes)
+        arrays = sources.from_npz(path, classes)
     elif name in ('digits', 'synthetic'):
-        arrays = {'digits': digits, 'synthetic': synthetic}[name]()
+        arrays = {'digits': sources.digits, 'synthetic': sources.synthetic}[name]()
     elif name == 'imagenet':
         arrays, classes = imagenet.load(folder, training)
     else:
-        arrays = from_torchvision(name, folder)
+        arrays = sources.from_torchvision(name, folder)
     x_train, y_train, x_test, y_test = [
         a if isinstance(a, Files) else
         torch.from_numpy(np.ascontiguousarray(a, np.uint8 if a.ndim == 4 else np.int64)).to(device)
@@ -267,7 +188,7 @@ def image_batches(images, n, augment, generator, seed=0, first=0):
         yield to_float(augmented(x, augment, generator))
 
 def to_float(x):
-    """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in models.layout: on a GPU channels_last,
+    """uint8 (B,H,W,3) -> fp32 (B,3,H,W) in [0, 1], in speed.layout: on a GPU channels_last,
     and the transpose is free."""
     x = x.permute(0, 3, 1, 2).float() / 255
     if x.is_cuda:

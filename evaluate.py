@@ -146,24 +146,6 @@ def attack_cw(x, y, net=net):
 
     return pgd(objective, x, eps=eps, step_size=step_size, steps=args.steps, norm=args.norm)
 
-def attack_fgsm(x, y):
-    return attack_pgd(x, y, step_size=eps, steps=1, init='zero')
-
-def attack_pgd_trades(x, y):
-    return attack_pgd(x, y, step_size=0.003, steps=20)
-
-def attack_weak(x, y):
-    return attack_pgd(x, y, eps=0.1, step_size=2 / 255, steps=2, init='zero')
-
-def attack_strong(x, y):
-    return attack_pgd(x, y, eps=0.5, step_size=0.5, steps=2, init='zero')
-
-def attack_transfer(x, y):
-    return attack_pgd(x, y, net=source)
-
-def attack_transfer_cw(x, y):
-    return attack_cw(x, y, net=source)
-
 def attack_part(x, y, part, half=False):
     def logits(x):              # x stays in fp32: a bf16 pixel is too coarse for eps
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -173,9 +155,16 @@ def attack_part(x, y, part, half=False):
         logits(x)               # AutoAttack would take a compilation during its run for a dynamic defense
     return autoattack.one_part(part, logits, x, y, eps=eps, norm=args.norm, seed=args.seed, classes=d.classes)
 
-ATTACKS = {'fgsm': attack_fgsm, 'pgd': attack_pgd, 'cw': attack_cw, 'pgd-trades': attack_pgd_trades,
-           'weak': attack_weak, 'strong': attack_strong,
-           'transfer': attack_transfer, 'transfer-cw': attack_transfer_cw}
+ATTACKS = {
+    'fgsm': functools.partial(attack_pgd, step_size=eps, steps=1, init='zero'),
+    'pgd': attack_pgd,
+    'cw': attack_cw,
+    'pgd-trades': functools.partial(attack_pgd, step_size=0.003, steps=20),
+    'weak': functools.partial(attack_pgd, eps=RADIUS['weak'], step_size=2 / 255, steps=2, init='zero'),
+    'strong': functools.partial(attack_pgd, eps=RADIUS['strong'], step_size=0.5, steps=2, init='zero'),
+    'transfer': functools.partial(attack_pgd, net=source),
+    'transfer-cw': functools.partial(attack_cw, net=source),
+}
 for part in PARTS:
     ATTACKS[part] = functools.partial(attack_part, part=part, half=half)
     ATTACKS[f'{part} again'] = functools.partial(attack_part, part=part)        # in fp32

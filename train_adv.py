@@ -22,7 +22,7 @@ import models
 from attacks import attack_mode, frozen_statistics, pgd, scaled, step_sizes, weights_perturbed
 from losses import INNERS, METHODS, TARGETS, Softened, asked_for, hparams, needs
 from models import bn_branch
-from support import checkpoint, ddp, describe, files, refusals, runs, validation
+from support import checkpoint, ddp, describe, files, refusals, runs, speed, validation
 
 # -----------------------------------------------------------------------------
 # flags. A default of None is filled in below: by the dataset, the method, or as the help says
@@ -137,7 +137,7 @@ args.out = args.out or describe.name(args, parser.get_default, hp)
 refusals.attack(args)
 run = runs.Run(args)
 
-dtype = models.precision(args.amp, device)      # None: fp32, and then without TF32 either
+dtype = speed.precision(args.amp, device)      # None: fp32, and then without TF32 either
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
               augment=args.augment, device=device)
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
@@ -169,8 +169,8 @@ if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [
         f and torch.compile(f, dynamic=False) for f in (student, guide, teacher, standard_teacher)]
-folds = args.compile and args.attack_bn == 'eval' and models.folding_pays(student, dtype, device)
-attacked_net = models.Folded(student) if folds else net         # BN folded into the convolutions
+folds = args.compile and args.attack_bn == 'eval' and speed.folding_pays(student, dtype, device)
+attacked_net = speed.Folded(student) if folds else net         # BN folded into the convolutions
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule

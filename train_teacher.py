@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import MultiStepLR, OneCycleLR
 
 import data
 import models
-from support import checkpoint, ddp, describe, files, refusals, runs
+from support import checkpoint, ddp, describe, files, refusals, runs, speed
 
 # -----------------------------------------------------------------------------
 # flags, as those of train_adv.py
@@ -72,7 +72,7 @@ refusals.model(args.model, **shape)
 args.out = args.out or describe.teacher_folder(args, parser.get_default)
 run = runs.Run(args)
 
-dtype = models.precision(args.amp, device)                      # None: fp32, and then without TF32 either
+dtype = speed.precision(args.amp, device)                      # None: fp32, and then without TF32 either
 
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
               augment=args.augment, device=device)

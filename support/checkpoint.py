@@ -14,7 +14,7 @@ import time
 
 import models
 from losses import METHODS
-from support import child, ddp, describe, files, state_dicts
+from support import child, ddp, describe, files, speed, state_dicts
 from support.files import Refused, save, say
 from support.foreign import from_file, try_out
 from support.state_dicts import read
@@ -150,7 +150,7 @@ def build(name, d, flag='--model', **shape):
             net = models.build(name, d.classes, channels=d.x_train.shape[-1], **shape)
     except ValueError as e:
         raise Refused(f'{flag}: {e}') from e
-    return net.to(device, memory_format=models.layout(device))
+    return net.to(device, memory_format=speed.layout(device))
 
 def copied(net):
     """A copy of net, for --ema or --swa to average into. Raises Refused where PyTorch can make none."""
@@ -176,7 +176,7 @@ def load_teacher(path, args, d, device):
     for m in net.modules():                                     # of its two, the BN it was validated with
         if isinstance(m, models.DualBatchNorm2d):
             m.auxiliary = meta.get('run', {}).get('eval_branch') == 'aux'
-    net = net.to(device, memory_format=models.layout(device)).requires_grad_(False)
+    net = net.to(device, memory_format=speed.layout(device)).requires_grad_(False)
     return net, dict(path=path, fingerprint=fingerprint(net), trained_with=meta.get('loss'),
                      stored_clean=meta.get('val_clean'))
 

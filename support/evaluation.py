@@ -12,7 +12,7 @@ import torch
 import data
 import models
 from models import bn_branch
-from support import imagenet, refusals
+from support import imagenet, refusals, speed
 from support.autoattack import FAST, PARTS, package
 from support.checkpoint import is_ours, load_checkpoint
 from support.refusals import refuse
@@ -182,10 +182,10 @@ def searched(args, model, device):
     if args.fast and '.py:' not in model.build_args['name']:        # of another network only its author knows
         with bn_branch(model, args.branch):
             # the compiler chooses a layout itself only if all batches have one size, and here they shrink
-            faster = models.folded(model).to(memory_format=models.layout(device))
+            faster = speed.folded(model).to(memory_format=speed.layout(device))
         if not any(isinstance(m, torch.nn.BatchNorm2d) for m in faster.modules()):
             words += ', BN folded'
-    half = args.fast and models.autocast_dtype('auto', device) is torch.bfloat16
+    half = args.fast and speed.autocast_dtype('auto', device) is torch.bfloat16
     half = half and not {'autoattack', 'aa-fast'}.isdisjoint(args.attacks)
     if half:
         words += f'; AutoAttack in bfloat16, what is left by {" and ".join(FAST)} again in float32'

@@ -15,7 +15,7 @@ def clean_and_pgd(model, x_val, y_val, *, eps, norm='Linf', branch=None, progres
     """
     Accuracy and PGD-20 accuracy in percent, and mean clean cross-entropy, of x_val uint8 (N,H,W,3) and y_val
     (N,). In fp32 and eager: autocast starves the attack on a confident network; on a GPU with TF32, if the
-    training is in bf16 or fp16 (see models.precision). eps: in units of [0, 1]; the step is a quarter of it.
+    training is in bf16 or fp16 (see speed.precision). eps: in units of [0, 1]; the step is a quarter of it.
     branch: of dual BN. progress: as tqdm, with a name and a total. Under torchrun each process takes its
     share, and all get the same three numbers.
     """

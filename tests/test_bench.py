@@ -11,7 +11,7 @@ import torch
 
 import losses
 import models
-from support import checkpoint
+from support import checkpoint, speed
 from test_smoke import HERE, TINY, X, Y, run
 from tools import scaling, steps
 from tools.steps import Tricks
@@ -173,15 +173,15 @@ def test_wrong_flags_are_one_line(flags, message, capsys):
 
 def test_the_rule_of_folding():
     cpu, bf16 = torch.device('cpu'), torch.bfloat16
-    assert models.folding_pays(models.build('resnet18', 10, width=4), bf16, cpu)
-    assert not models.folding_pays(models.build('resnet18', 10, width=4), None, cpu)
-    assert not models.folding_pays(models.build('resnet18', 10, width=4), bf16, torch.device('cuda'))
+    assert speed.folding_pays(models.build('resnet18', 10, width=4), bf16, cpu)
+    assert not speed.folding_pays(models.build('resnet18', 10, width=4), None, cpu)
+    assert not speed.folding_pays(models.build('resnet18', 10, width=4), bf16, torch.device('cuda'))
     for name, dual_bn in (('resnet18', True), ('preactresnet18', False), ('wrn-10-1', False)):
-        assert not models.folding_pays(models.build(name, 10, width=4, dual_bn=dual_bn), bf16, cpu)
+        assert not speed.folding_pays(models.build(name, 10, width=4, dual_bn=dual_bn), bf16, cpu)
 
 def test_train_adv_attacks_the_folded_network_as_it_is_now(tmp_path, monkeypatch):
     """The rule made to say yes, and without the minute that compiling takes."""
-    monkeypatch.setattr(models, 'folding_pays', lambda *args: True)
+    monkeypatch.setattr(speed, 'folding_pays', lambda *args: True)
     monkeypatch.setattr(torch, 'compile', lambda net, **options: net)
     train = run('train_adv.py', '--loss', 'logit_mse', *TINY[:2], '--width', 8, '--subset', 32,
                 '--batch-size', 16, '--epochs', 1, '--steps', 3, '--init', 'uniform', '--amp', 'off',

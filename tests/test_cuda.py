@@ -22,7 +22,7 @@ import attacks
 import losses
 import models
 from losses import METHODS
-from support import checkpoint, runs
+from support import checkpoint, runs, speed
 from test_smoke import HERE, TINY, run
 from tools import steps
 from tools.steps import Tricks
@@ -83,7 +83,7 @@ def network(name):
 def seen(net, dtype=None):
     """Logits, gradient at X, one signed step and the objective after ten, on the CPU in fp32."""
     device = next(net.parameters()).device
-    x, y = X.to(device, memory_format=models.layout(device)), Y.to(device)
+    x, y = X.to(device, memory_format=speed.layout(device)), Y.to(device)
 
     def logits_of(x):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -109,7 +109,7 @@ def test_logits_gradients_and_attacks_are_those_of_the_cpu(name, precision):
     torch.backends.cudnn.allow_tf32 = False
     net = network(name)
     logits, grad, one, ten = seen(net)
-    there = copy.deepcopy(net).to(DEVICE, memory_format=models.layout(DEVICE))
+    there = copy.deepcopy(net).to(DEVICE, memory_format=speed.layout(DEVICE))
     logits2, grad2, one2, ten2 = seen(there, HALVES.get(precision))
     off, cosine, signs = {'fp32': (1e-3, 0.9999, 0.99), 'bf16': (0.05, 0.9, 0.75),
                           'fp16': (0.01, 0.99, 0.9)}[precision]
@@ -144,7 +144,7 @@ def test_an_epoch_of_every_loss_in_mixed_precision(loss, amp, teacher, tmp_path)
         return
     student.train()
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    x = X.to(DEVICE, memory_format=models.layout(DEVICE))
+    x = X.to(DEVICE, memory_format=speed.layout(DEVICE))
     x_adv = live['craft'](x, Y.to(DEVICE))
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
     assert x_adv.dtype == torch.float32 and x_adv.isfinite().all()
@@ -203,12 +203,12 @@ def test_train_adv_compiled_crafts_and_updates_as_eager(tmp_path):
 def trained(out, monkeypatch, flags, stop_after=None):
     """The weights after two epochs, stopped within them and continued if stop_after says after which step."""
     with monkeypatch.context() as patch:
-        precise = models.precision
+        precise = speed.precision
         def deterministic(amp, device):
             dtype = precise(amp, device)
             torch.backends.cudnn.benchmark = False          # it may choose another kernel in the next process
             return dtype
-        patch.setattr(models, 'precision', deterministic)
+        patch.setattr(speed, 'precision', deterministic)
         argv = ['train_adv.py', '--loss', 'dkl', *TINY, '--epochs', 2, '--steps', 2, '--batch-size', 16,
                 '--awp', 0.01, '--awp-warmup', 0, '--out', out, *flags]
         if stop_after is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import data, models
-from support import checkpoint
+from support import checkpoint, sources, speed
 from test_smoke import X, net, run
 
 def test_crop_and_flip_equal_loops():
@@ -57,7 +57,7 @@ def test_batches_are_seeded_and_in_range():
 
 def mine(folder, name='mine', x=lambda x: x, y=lambda y: y):
     """synthetic, its images and labels changed, as folder/name.npz -> the flags that name it."""
-    x_train, y_train, x_test, y_test = data.synthetic()
+    x_train, y_train, x_test, y_test = sources.synthetic()
     np.savez(folder / f'{name}.npz', x_train=x(x_train), y_train=y(y_train), x_test=x(x_test),
              y_test=y(y_test))
     return ['--dataset', name, '--data-dir', folder]
@@ -112,7 +112,7 @@ def test_an_evaluation_asks_nothing_of_the_training_images(tmp_path):
     assert data.load('mine', tmp_path, training=False).classes == 10
 
 def test_a_class_without_test_images(tmp_path, net):
-    x_train, y_train, x_test, y_test = data.synthetic()
+    x_train, y_train, x_test, y_test = sources.synthetic()
     kept = y_test != 3
     np.savez(tmp_path / 'mine.npz', x_train=x_train, y_train=y_train, x_test=x_test[kept],
              y_test=y_test[kept])
@@ -127,7 +127,7 @@ def test_a_class_without_test_images(tmp_path, net):
     assert '--draw' not in note                 # they are all the test images there are
 
 def test_a_sorted_file_is_said_and_drawn_from(tmp_path, capsys):
-    x, y, u, v = data.synthetic()
+    x, y, u, v = sources.synthetic()
     order = y.argsort(kind='stable')
     np.savez(tmp_path / 'mine.npz', x_train=x[order], y_train=y[order], x_test=u, y_test=v)
     first, drawn, again, other = [data.load('mine', tmp_path, subset=100, subset_seed=seed)
@@ -170,7 +170,7 @@ def test_folded_is_the_same_function(name):
             m.running_mean.normal_(), m.running_var.uniform_(0.5, 2)
             torch.nn.init.normal_(m.weight, 1, 0.2), torch.nn.init.normal_(m.bias)
     net.double().eval()
-    folded = models.folded(net)
+    folded = speed.folded(net)
     layers = lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
     torch.testing.assert_close(folded(X.double()), net(X.double()))
     assert layers(folded) < layers(net) or name in ('preactresnet18', 'wrn-10-2')

@@ -4,8 +4,8 @@ import argparse, fcntl, json, os, pty, re, struct, subprocess, sys, termios
 import pytest
 import torch
 
-import data, models
-from support import evaluation, shards, summary
+import data
+from support import evaluation, shards, speed, summary
 from test_smoke import HERE, run
 
 NETS = '''
@@ -263,7 +263,7 @@ def test_fast_is_confirmed_in_fp32_and_searched_again(tmp, tmp_path, monkeypatch
     exact = evaluate(*net(tmp), *FLAGS, '--n', 12, '--no-audit', '--attacks', 'aa-fast',
                      out=tmp_path / 'e.json')[1]
     monkeypatch.setattr(torch, 'compile', lambda model: model)
-    monkeypatch.setattr(models, 'autocast_dtype', lambda amp, device: torch.bfloat16)      # emulated on a CPU
+    monkeypatch.setattr(speed, 'autocast_dtype', lambda amp, device: torch.bfloat16)      # emulated on a CPU
     fast = evaluate(*net(tmp), *FLAGS, '--n', 12, '--no-audit', '--attacks', 'aa-fast', '--fast',
                     '--save-adv', tmp_path / 'adv.pt', out=tmp_path / 'f.json')[1]
     assert 'AutoAttack in bfloat16, what is left' in fast['search'] and 'bfloat16' not in exact['search']
@@ -322,7 +322,7 @@ def test_a_batch_larger_than_the_data_is_said(tmp, tmp_path):
 
 def test_notes_name_only_attacks_that_ran(tmp, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'compile', lambda model: model)
-    monkeypatch.setattr(models, 'autocast_dtype', lambda amp, device: torch.bfloat16)
+    monkeypatch.setattr(speed, 'autocast_dtype', lambda amp, device: torch.bfloat16)
     flags = '--n 6 --eps 2.5 --no-audit --fast'.split()
     pgd = evaluate(*net(tmp), *flags, '--attacks', 'pgd', out=tmp_path / 'a.json')[1]
     assert not re.search('FAB|Square|AutoAttack|bfloat16', ' '.join([pgd['search'], *pgd['notes']]))

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import models
 from attacks import attack_mode, pgd
-from support import checkpoint, shards
+from support import checkpoint, shards, sources
 from support.files import Refused
 from test_smoke import HERE, run
 
@@ -118,7 +117,7 @@ def test_a_long_batch_shows_on_a_screen_that_is_no_terminal(monkeypatch, capsys)
     assert 'square: 0 of 2 batches after 0.0 minutes' in out and 'square: 1 of 2' in out
 
 def test_sorted_labels_are_noted_and_drawn(model, tmp_path):
-    x, y, u, v = data.synthetic()
+    x, y, u, v = sources.synthetic()
     order = v.argsort(kind='stable')
     np.savez(tmp_path / 'sorted.npz', x_train=x, y_train=y, x_test=u[order], y_test=v[order])
     flags = ['--dataset', 'sorted', '--data-dir', tmp_path, '--no-audit', '--attacks', 'clean', '--n', 25]
@@ -160,7 +159,7 @@ def test_transfer_from_another_architecture_and_trades_step(model, tmp_path, cap
         expected = pgd(lambda z: torch.nn.functional.cross_entropy(script['model'](z), y, reduction='none'),
                        x, eps=8 / 255, step_size=0.003, steps=20)
         torch.manual_seed(0)
-        assert torch.equal(script['attack_pgd_trades'](x, y), expected)
+        assert torch.equal(script['ATTACKS']['pgd-trades'](x, y), expected)
     assert 'does not fit' in refused(capsys, model, *FLAGS, *bare)          # its width is another
     assert 'are of --transfer-from' in refused(capsys, model, *FLAGS, '--transfer-width', 6)
 

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import data
-from support import files, runs
+from support import files, runs, sources
 from support.files import Refused
 
 HERE = pathlib.Path(__file__).parent.parent
@@ -236,7 +235,7 @@ def test_a_sweep_with_resume_trains_every_radius_or_is_refused(tmp_path):
     assert other.stderr.count('\n') == 1
 
 def test_other_training_data_are_refused(tmp_path):
-    x, y, u, v = data.synthetic()
+    x, y, u, v = sources.synthetic()
     np.savez(tmp_path / 'mine.npz', x_train=x, y_train=y, x_test=u, y_test=v)
     command = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'mine', '--data-dir', str(tmp_path),
                '--width', '4', '--batch-size', '32', '--loss', 'pgd_at', '--epochs', '3', '--steps', '1',

@@ -13,9 +13,8 @@ import pytest
 import torch
 import torchvision
 
-import data
 import models
-from support import checkpoint
+from support import checkpoint, sources
 from support.files import Refused
 from test_smoke import run
 
@@ -198,7 +197,7 @@ def test_the_same_keys_two_networks(tmp_path):
     assert first != second                              # or one evaluation would continue the other's
 
 def test_grey_weights_by_name(tmp_path, capsys):
-    x, y, u, v = data.synthetic()
+    x, y, u, v = sources.synthetic()
     np.savez(tmp_path / 'grey.npz', x_train=x[..., 0], y_train=y, x_test=u[..., 0], y_test=v)
     torch.manual_seed(0)
     grey = models.build('resnet18', 10, width=4, channels=1)

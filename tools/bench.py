@@ -28,7 +28,7 @@ import torch
 
 import models
 from losses import METHODS, asked_for, hparams
-from support import describe, refusals
+from support import describe, refusals, speed
 from support.files import atomic, cannot_write
 from support.refusals import refuse
 from tools import scaling, steps
@@ -105,7 +105,7 @@ if args.scaling:
 # the rows
 device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 cuda = device.type == 'cuda'
-dtype = models.autocast_dtype(args.amp, device)                 # None: fp32
+dtype = speed.autocast_dtype(args.amp, device)                 # None: fp32
 torch.backends.cudnn.benchmark = True
 torch._dynamo.config.recompile_limit = 256                      # every row has its own networks
 torch.set_num_threads(args.threads)

@@ -22,6 +22,7 @@ import losses
 import models
 from attacks import attack_mode, pgd, start
 from losses import needs
+from support import speed
 
 EPS, STEP_SIZE, WORKERS, N = 8 / 255, 2 / 255, 2, 10_000
 
@@ -56,8 +57,8 @@ def of_train_adv(s):
     with torch.device('meta'):
         net = models.build(num_classes=10, **s.network)
     return Tricks(loader=True, once=True, frozen=True, compile_attack=True, compile_update=True,
-                  amp=s.dtype is not None, channels_last=models.layout(s.device) is torch.channels_last,
-                  folded=models.folding_pays(net, s.dtype, s.device))
+                  amp=s.dtype is not None, channels_last=speed.layout(s.device) is torch.channels_last,
+                  folded=speed.folding_pays(net, s.dtype, s.device))
 
 def layout(tricks):
     return torch.channels_last if tricks.channels_last else torch.contiguous_format
@@ -137,7 +138,7 @@ def authors(s, path):
 def ours(s, tricks):
     """The step of train_adv.py with these tricks and no other; with none of them it is plain's."""
     net, teacher, optimizer = networks(s, tricks)
-    attacked = models.folded(net) if tricks.folded else net
+    attacked = speed.folded(net) if tricks.folded else net
     once = [name for name in needs(s.method.inner) if tricks.once and name != 'logits_adv']
     every_step = [name for name in needs(s.method.inner) if name not in once]
 
@@ -157,7 +158,7 @@ def ours(s, tricks):
 
     def craft(x, y):
         if tricks.folded:
-            attacked.load_state_dict(models.folded(net).state_dict())
+            attacked.load_state_dict(speed.folded(net).state_dict())
         net.eval()
         with attack_mode(net) if tricks.frozen else contextlib.nullcontext():
             with torch.no_grad():
