@@ -149,10 +149,14 @@ def fingerprint(d):
         digest.update(labels.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-def facts(d):
-    """What a log says of the data, as JSON."""
-    return dict(augment=d.augment, data=fingerprint(d), classes=d.classes, train_images=len(d.y_train),
-                val_images=len(d.y_val))
+def facts(d, extra=None):
+    """What a log says of the data, as JSON. extra: images without labels; up to some 10,000 are read."""
+    about = dict(augment=d.augment, data=fingerprint(d), classes=d.classes, train_images=len(d.y_train),
+                 val_images=len(d.y_val))
+    if extra is not None:
+        some = np.ascontiguousarray(extra[::max(1, len(extra) // 10_000)])
+        about['extra_data'] = hashlib.sha256(f'{extra.shape}'.encode() + some.tobytes()).hexdigest()[:16]
+    return about
 
 def open_images(path, shape):
     """
@@ -168,6 +172,8 @@ def open_images(path, shape):
             images = images[name]
     except Exception as e:          # zipfile, zlib, numpy and the file system each have their own
         raise Refused(f'{path} is not an npz or npy file of images: {e}'.splitlines()[0]) from e
+    if images.ndim == 3:                            # grey
+        images = images[..., None]
     if images.dtype != np.uint8 or images.shape[1:] != tuple(shape) or not len(images):
         raise Refused(f'{path} holds {images.dtype} {images.shape}; the training images are uint8 '
                          f'(N, {", ".join(map(str, shape))})')

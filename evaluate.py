@@ -123,8 +123,9 @@ inspected['moves'] = fingerprint(model) != weights
 # what the number depends on
 evaluated = dict(images=f'{args.n}: {digest}', norm=args.norm, eps=args.eps, step_size=args.step_size,
                  steps=args.steps, restarts=args.restarts, batch_size=args.batch_size, seed=args.seed,
-                 branch=args.branch, weights=weights, code=evaluation.code_of(model),
-                 transfer_from=source and fingerprint(source), search=search, precision='float32',
+                 branch=args.branch, weights=weights, code=model.build_args.get('code'),
+                 transfer_from=source and fingerprint(source),
+                 transfer_code=source and source.build_args.get('code'), search=search, precision='float32',
                  save_adv=bool(args.save_adv), **dict(environment(device), device=device.type))
 x_adv = adv and evaluation.load_adv(args.verify, adv, evaluated, x_test)
 
@@ -300,6 +301,7 @@ if saved.mine(0):
     shards.reserve(args.save_adv, 'save-adv')
     shards.reserve(args.out, 'out')
 
+training = dict(run, **meta)         # what is known of it
 results, recount, flags = {}, {}, {}
 aa_warnings, audited = [], []
 with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(model, args.branch):
@@ -313,6 +315,9 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
     clean = classify_all(x_test, 'clean')
     taken, x_worst = clean.clone(), x_test.cpu().clone() if args.save_adv else None
     row('clean', clean, started)
+    doubt = summary.doubtful(results['clean'], training, evaluated)
+    if doubt:                                   # the attacks may take hours
+        files.say(f'note: {doubt}')
     if adv:
         begun = time.perf_counter()
         verified = torch.where(clean == y_test, classify_all(x_adv, 'verified'), clean)
@@ -333,11 +338,11 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
             row('all of the above' if len(within) == len(attacks) else f'all within eps {args.eps:g}',
                 taken, started)
 
-    flags = summary.flags(inspected, results, recount, aa_warnings, dict(run, **meta), evaluated, adv, args.n)
+    flags = summary.flags(inspected, results, recount, aa_warnings, training, evaluated, adv, args.n)
     notes += [flag['text'] for flag in flags.values() if flag['text']]
     if half and 'autoattack' in todo:
         notes.append('searched in bf16 first: what withstands it met FAB and Square in bf16 only')
-    files.say(*[f'note: {note}' for note in notes])
+    files.say(*[f'note: {note}' for note in notes if note != doubt])
     if args.save_adv and saved.mine(0):
         files.save(args.save_adv, dict(x_adv=x_worst, robust=taken == y_test, evaluated=evaluated))
         files.say(args.save_adv)

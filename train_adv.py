@@ -142,7 +142,7 @@ d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.
               augment=args.augment, device=device)
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
 n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
-notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d, args.subset)]
+notes = [*refusals.images(args, d.x_train, world), data.missing_classes(d, args.subset)]
 refusals.radius(args.norm, [args.eps], d.x_train)
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
@@ -341,7 +341,8 @@ def training_batches():
                       extra=extra, n_extra=n_extra, label=pseudo_label if pseudo_labels else None)
 
 config = dict(vars(args), hparams=hp, teachers=teachers, pseudo_labels=pseudo_labels, processes=world,
-              precision=str(dtype or torch.float32), **data.facts(d), **describe.environment(device))
+              precision=str(dtype or torch.float32), code=checkpoint.code_of(student, guide),
+              **data.facts(d, extra), **describe.environment(device))
 describe.summary(config, student, notes)
 with run.guarded():             # Ctrl-C, full disk, out of memory: what was saved holds
     checkpoint.check_teachers(networks, teachers, args, d)
@@ -396,4 +397,4 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         epoch, batch, step_losses = epoch + 1, 0, []
         if epoch <= args.epochs:
             run.save_state(state)
-    run.finish()
+    run.finish(best, score, rule)

@@ -76,7 +76,7 @@ dtype = speed.precision(args.amp, device)                      # None: fp32, and
 
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
               augment=args.augment, device=device)
-notes = [refusals.images(args, len(d.y_train), world), data.missing_classes(d, args.subset)]
+notes = [*refusals.images(args, d.x_train, world), data.missing_classes(d, args.subset)]
 if args.normalize:
     shape['mean'], shape['std'] = d.statistics()
 torch.manual_seed(args.seed)
@@ -147,7 +147,7 @@ def training_batches():
     return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world))
 
 config = dict(vars(args), loss='standard', precision=str(dtype or torch.float32), processes=world,
-              **data.facts(d), **describe.environment(device))
+              code=checkpoint.code_of(model), **data.facts(d), **describe.environment(device))
 describe.summary(config, model, notes)
 with run.guarded():             # Ctrl-C, full disk, out of memory: what was saved holds
     saved = run.begin(config, state)
@@ -175,12 +175,12 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
                 img_per_s=img_per_s, peak_gib=describe.peak_gib(device))
         known = dict(epoch=epoch, val_clean=clean)
+        rule = f'clean accuracy on {len(d.y_val)} held-out training images'
         if clean >= best:                           # held-out training images: the test set takes no part
             best = clean
-            rule = f'clean accuracy on {len(d.y_val)} held-out training images'
             run.save_model('best.pt', model, selected_by=rule, **known)
         run.save_model('last.pt', model, selected_by='last epoch', **known)
         epoch, batch, step_losses = epoch + 1, 0, []
         if epoch <= args.epochs:
             run.save_state(state)
-    run.finish()
+    run.finish(best, clean, rule)

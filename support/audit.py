@@ -67,12 +67,14 @@ def checks(model, x, y, *, eps, step_size=None, norm='Linf', seed=0, transfer=No
     if not 0 < eps < (1 if norm == 'Linf' else math.inf):
         raise ValueError(f'eps {eps:g}: in units of [0, 1], as in 8/255')
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))        # its tensors take no part in autograd
+        x, y = [t.clone() if t.is_inference() else t.detach() for t in (x, y)]
         stack.enter_context(torch.random.fork_rng([x.device] if x.is_cuda else []))
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
         for net in (model, transfer) if transfer is not None else (model,):
             stack.enter_context(attack_mode(net))
         torch.manual_seed(seed)
-        yield from _checks(model, x.detach(), y, eps, step_size or eps / 4, norm, transfer)
+        yield from _checks(model, x, y, eps, step_size or eps / 4, norm, transfer)
 
 def audit(model, x, y, **settings):
     """-> list of Check; settings as of checks()."""

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 
+import data
 import models
 from losses import METHODS
 from support import child, ddp, describe, files, speed, state_dicts
@@ -33,6 +34,11 @@ def fingerprint(net):
     for name, tensor in net.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+def code_of(*networks):
+    """Digests of the files that networks of one's own come from; None where all are ours."""
+    digests = [net.build_args.get('code') for net in networks if net]
+    return digests if any(digests) else None
 
 def save_checkpoint(path, net, **meta):
     """The plain module's weights, on the CPU so that torch.load needs no GPU, what build() needs to make
@@ -78,7 +84,8 @@ def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **opti
     ours = is_ours(ckpt)
     place = state_dicts.found(ckpt)
     if place is None:
-        raise Refused(f'{path} is a PyTorch file but no state dict')
+        holds = ', '.join(map(str, ckpt))[:100] or 'nothing'
+        raise Refused(f'{path} is a PyTorch file but no state dict (it holds {holds}): save one alone')
     weights, key, others = place
     config = _config(path, ckpt['config'] if ours else None, name, num_classes, flag, options)
     try:
@@ -89,9 +96,13 @@ def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **opti
     except (TypeError, ValueError) as e:            # of a config that is not of this version, or damaged
         raise Refused(f'{path}: {config["name"]}: {e}'.splitlines()[0]) from e
     expected = net.state_dict()
-    first = next(iter(weights))
+    first, prefix = next(iter(weights)), state_dicts.part_that_fits(weights, expected)
     weights, done = state_dicts.fitted(weights, expected)
     wrong = state_dicts.differences(weights, expected)
+    if wrong and prefix:
+        rest = next((k for k in weights if not k.startswith(prefix)), 'other layers in it')
+        raise Refused(f'{path}: {config["name"]} is what begins with {prefix}, and there is more, such as '
+                      f'{rest}: save that part alone, without {prefix}')
     if wrong:
         there = ''
         if wrong[0].startswith('no '):
@@ -173,12 +184,17 @@ def load_teacher(path, args, d, device):
         say(f'note: {path} says itself what it is, {net.build_args["name"]}: --teacher-model is not for it')
     if meta.get('dataset', args.dataset) != args.dataset:
         raise Refused(f'{path} was trained on {meta["dataset"]}, not on {args.dataset}')
+    its_run = meta.get('run', {})
+    if args.subset is None and its_run.get('subset') is None:
+        if its_run.get('data') not in (None, data.fingerprint(d)):
+            say(f'note: {path} was trained on other images, or in another order: it may know those that are '
+                'held out here')
     for m in net.modules():                                     # of its two, the BN it was validated with
         if isinstance(m, models.DualBatchNorm2d):
-            m.auxiliary = meta.get('run', {}).get('eval_branch') == 'aux'
+            m.auxiliary = its_run.get('eval_branch') == 'aux'
     net = net.to(device, memory_format=speed.layout(device)).requires_grad_(False)
-    return net, dict(path=path, fingerprint=fingerprint(net), trained_with=meta.get('loss'),
-                     stored_clean=meta.get('val_clean'))
+    return net, dict(path=path, fingerprint=fingerprint(net), code=net.build_args.get('code'),
+                     trained_with=meta.get('loss'), stored_clean=meta.get('val_clean'))
 
 def load_teachers(args, wanted, d, device):
     """wanted: names of the inputs of a loss and its attack. -> {role: network}, {role: what is known of it};

@@ -4,14 +4,17 @@ Another of the scripts, run by this one.
 import signal
 import subprocess
 import sys
+import threading
 
 class Stopped(Exception):
     """A signal asked this script to stop while the other one worked; that one has saved and ended."""
 
 def run(command, cwd=None):
     """python COMMAND, a list -> its exit status. SIGINT, SIGTERM and SIGHUP go on to it; once it has saved
-    and ended, Stopped is raised here."""
+    and ended, Stopped is raised here. (In another thread than the main one Python takes no handlers.)"""
     child = subprocess.Popen([sys.executable, *command], cwd=cwd)
+    if threading.current_thread() is not threading.main_thread():
+        return child.wait()
     asked = False
 
     def pass_on(number, frame):

@@ -163,14 +163,6 @@ def networks(args, run, d, device):
         source = source.to(device).requires_grad_(False)
     return model.to(device), meta, source
 
-def code_of(model):
-    """16 hex digits of the file that a network of one's own comes from; None for one of ours."""
-    name = model.build_args['name']
-    if '.py:' not in name:
-        return None
-    with open(name.rsplit(':', 1)[0], 'rb') as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
-
 def searched(args, model, device):
     """-> the network that the attacks search on, whether AutoAttack does so in bf16, and both in words: with
     --compile the compiled one, with --fast its BN folded into its convolutions, and AutoAttack in bf16 where
@@ -230,6 +222,9 @@ def remarks(args, meta, d, y):
         lines.append(f'{trained} in the checkpoint, evaluated with {args.activation}')
     if 'the file also holds' in meta['weights']:
         lines.append(meta['weights'])
+    if meta.get('config', {}).get('dual_bn'):
+        other = 'aux' if args.branch == 'main' else 'main'
+        lines.append(f'all of this goes through the {args.branch} BN: --branch {other} reports the other')
     present = y.unique().tolist()
     if len(present) < d.classes:
         shown = ' '.join(map(str, present[:20])) + (' ...' if len(present) > 20 else '')

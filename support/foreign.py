@@ -3,6 +3,7 @@ Somebody else's networks: their code runs as it would in its own folder, and fin
 
     net = from_file('net.py:make', 10)              # what make() returns, as `python net.py` would find it
 """
+import hashlib
 import importlib.util
 import os
 import sys
@@ -148,7 +149,7 @@ def from_file(spec, num_classes):
         kind = type(net).__name__
         raise Refused(f'--model {spec} returns a {kind}: return the module it was made of') from e
     net.build_args = dict(name=f'{file}:{function}', num_classes=num_classes, width=None, mean=None, std=None,
-                      activation='relu', dual_bn=False)
+                      activation='relu', dual_bn=False, code=_digest(file, around))
     return net
 
 def try_out(net, spec, shape, device):
@@ -183,6 +184,15 @@ def try_out(net, spec, shape, device):
         if not isinstance(value, torch.Tensor):
             raise Refused(f'{spec}: {key} in its state dict is a {type(value).__name__}, and a checkpoint '
                           'holds tensors')
+
+def _digest(file, around):
+    """16 hex digits of the file and of its neighbours that it has imported."""
+    files = {file, *[getattr(module, '__file__', None) for module in around.theirs.values()]} - {None}
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        with open(path, 'rb') as f:
+            digest.update(f.read())
+    return digest.hexdigest()[:16]
 
 def _imported(file):
     name = os.path.splitext(os.path.basename(file))[0]

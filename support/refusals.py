@@ -132,15 +132,23 @@ def optimisation(args, default, world=1):
         refuse(f'--batch-size {args.batch_size} in {world} processes times {args.accumulate} parts: '
                f'a multiple of {parts}, and at least two images in each')
 
-def images(args, n, world=1):
-    """n: how many training images there are. Returns a note for the screen, or None."""
+def images(args, x, world=1):
+    """x (N,H,W,C): the training images. Returns notes for the screen."""
+    (n, size), notes = x.shape[:2], []
     if n < 2:
         refuse(f'there are {n} training images: a batch needs two')
     if n < args.batch_size:
         if world * args.accumulate > 1:
             refuse(f'--batch-size {args.batch_size}: there are {n} training images to share')
-        return f'note: --batch-size {args.batch_size}, and {n} training images: every batch is all of them'
-    return None
+        notes.append(f'note: --batch-size {args.batch_size}, and {n} training images: every batch is all of '
+                     'them')
+    of_torchvision = args.model.startswith('torchvision-')
+    if of_torchvision and size < 64:
+        notes.append(f'note: {args.model} is made for 224 pixels, and shrinks these {size} to {size // 4} at '
+                     'once (ten points of accuracy on CIFAR): resnet18 and the like are made for 32')
+    if not of_torchvision and '.py:' not in args.model and size > 96:
+        notes.append(f'note: {args.model} is made for 32 pixels, and slow on {size}: torchvision-resnet18?')
+    return notes
 
 def takes_soft_targets(method, hp):
     """Does --targets change anything in method.loss, that is: has it a cross-entropy to the label?"""

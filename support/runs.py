@@ -43,7 +43,7 @@ def comparable(config):
     beside = describe.NOT_THE_RUN | {'teacher', 'standard_teacher', 'teachers'}
     kept = {k: v for k, v in config.items() if k not in beside}
     for role, about in config.get('teachers', {}).items():
-        kept[role] = about['fingerprint']
+        kept[role], kept[f'{role}_code'] = about['fingerprint'], about.get('code')
     return kept
 
 class Run:
@@ -260,13 +260,16 @@ class Run:
             shown = {k: self.config[k] for k in asked if k in self.config}
             checkpoint.save_checkpoint(f'{self.folder}/{name}', net, run=self.config, **shown, **meta)
 
-    def finish(self):
-        """The curves; a finished run needs no state."""
+    def finish(self, best, last, rule):
+        """The curves; a finished run needs no state. best, last: the scores of best.pt and last.pt by the
+        rule, in percent."""
         if self.rank == 0:
             describe.draw_curves(self.rows, f'{self.folder}/training.png')
             with contextlib.suppress(FileNotFoundError):
                 os.remove(f'{self.folder}/state.pt')
-        command = ['python', 'evaluate.py', f'{self.folder}/best.pt']
+        say(f'best.pt {best:.2f} %, last.pt {last:.2f} %: {rule}')
+        script = os.path.relpath(os.path.join(os.path.dirname(sys.argv[0]), 'evaluate.py'))
+        command = ['python', script, f'{self.folder}/best.pt']
         if '.py:' in self.config['model']:          # code of one's own is run where it is asked for
             command += ['--model', self.config['model']]
         say(f'done in {self.seconds() / 60:.1f} min. Next: {shlex.join(command)}')

@@ -35,11 +35,19 @@ def read(path):
             head = f.read(64)
     except OSError as e:
         raise Refused(f'cannot read {path}: {e.strerror}') from e
-    if head.lstrip().startswith(b'<'):
-        raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
     if head.startswith(b'version https://git-lfs'):
         raise Refused(f'{path} stands for a file that Git LFS keeps: fetch it with git lfs pull')
-    if str(path).endswith('.safetensors') or head[8:9] == b'{':        # a length of 8 bytes, then JSON
+    if head[8:9] == b'{' and head[6:8] == b'\0\0':                      # a length of 8 bytes, then JSON
+        return _safetensors(path)
+    text = head.lstrip(b'\xef\xbb\xbf\xff\xfe').replace(b'\0', b'').strip()       # UTF-8 or UTF-16
+    if text.startswith(b'<'):
+        raise Refused(f'{path} is a web page, not a checkpoint: the download failed, fetch it again')
+    if text and text.decode('ascii', 'replace').replace('\n', ' ').isprintable() and text.isascii():
+        start = text.decode('ascii').splitlines()[0][:40]
+        raise Refused(f'{path} is a text ("{start}"), not a checkpoint: did a download fail?')
+    if head.startswith(b'\x1f\x8b'):
+        raise Refused(f'{path} is compressed: unpack it with gunzip')
+    if str(path).endswith('.safetensors'):
         return _safetensors(path)
     _refuse_damaged(path)
     try:
@@ -54,13 +62,14 @@ def read(path):
         if 'TorchScript' in text:
             raise Refused(f'{path} is a TorchScript archive: save the state dict of the module '
                           'it was made of') from e
-        if 'Unsupported operand' in text:               # of pickle protocol 4 or 5
+        unknown_code = 'Unsupported operand' in text    # of pickle protocol 4 or 5, or it is no pickle
+        if unknown_code and (head.startswith(b'PK') or head[:1] == b'\x80' and head[1] >= 4):
             raise Refused(f'{path} was saved with a pickle_protocol that PyTorch reads only where the file '
                           'may run any code: ask for torch.save(state_dict, path) alone') from e
         if unknown := re.search(r'GLOBAL (\S+) was not an allowed', text):
             raise Refused(f'{path} holds {unknown[1]} beside tensors, which could run any code, and is not '
                           'unpickled: save its state dict alone') from e
-        if 'Unsupported' in text:
+        if 'Unsupported' in text and not unknown_code:
             raise Refused(f'{path} holds Python objects beside tensors and is not unpickled: '
                           'save its state dict alone') from e
         raise Refused(f'{path} is not a PyTorch checkpoint, or is truncated ({type(e).__name__})') from e
@@ -96,23 +105,26 @@ def _is_weights(value):
     return isinstance(value, dict) and value and all(isinstance(v, torch.Tensor) for v in value.values())
 
 def found(ckpt):
-    """-> (state dict, where it was, [where others were]); None where the file holds none.
-    Where: keys, '' for the whole file."""
+    """-> (state dict, where it was, [where others were]); None where the file holds none, or several in
+    places that say nothing. Where: keys, '' for the whole file."""
     if _is_weights(ckpt):
         return ckpt, '', []
+
+    def by_rank(things):
+        return sorted(things, key=lambda k: CONTAINERS.index(k) if k in CONTAINERS else len(CONTAINERS))
+
     sets = []
-    for key in CONTAINERS:
-        inner = ckpt.get(key)
+    for key in by_rank(ckpt):
+        inner = ckpt[key]
         if _is_weights(inner):
             sets.append((key, inner))
         elif isinstance(inner, dict):
-            for name in CONTAINERS:
-                if _is_weights(inner.get(name)):
-                    sets.append((f'{key}.{name}', inner[name]))
-                    break
-    if not sets:
+            deeper = [name for name in by_rank(inner) if _is_weights(inner[name])]
+            if deeper:
+                sets.append((f'{key}.{deeper[0]}', inner[deeper[0]]))
+    if not sets or len(sets) > 1 and str(sets[0][0]).split('.')[0] not in CONTAINERS:
         return None
-    return sets[0][1], sets[0][0], [key for key, _ in sets[1:]]
+    return sets[0][1], sets[0][0], [str(key) for key, _ in sets[1:]]
 
 def differences(weights, expected):
     """What keeps weights from load_state_dict(strict=True), in words."""
@@ -128,6 +140,14 @@ def differences(weights, expected):
             kind = 'without values' if w.is_meta else 'quantized' if w.is_quantized else 'sparse'
             wrong.append(f'{k} is a tensor {kind}')
     return wrong
+
+def part_that_fits(weights, expected):
+    """What the keys of the one part begin with that expected could be loaded from, or None: the network
+    within a training's module, which holds a metric or an attacker, too."""
+    first, keys = next(iter(expected), ''), {str(key) for key in weights}
+    prefixes = [key[:len(key) - len(first)] for key in keys if key.endswith(f'.{first}')]
+    fitting = [prefix for prefix in prefixes if all(prefix + k in keys for k in expected)]
+    return fitting[0] if len(fitting) == 1 else None
 
 def fitted(weights, expected):
     """

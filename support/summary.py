@@ -8,6 +8,8 @@ import re
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from support.files import Refused, atomic
 from support.refusals import refuse
@@ -15,14 +17,27 @@ from support.refusals import refuse
 # -----------------------------------------------------------------------------
 # before the attacks
 
+class Reduced(TorchDispatchMode):
+    """Notes what is computed in half precision, wherever in the network, and whatever it returns."""
+    def __init__(self):
+        super().__init__()
+        self.kinds = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.dtype in (torch.float16, torch.bfloat16):
+                self.kinds.add(str(t.dtype))
+        return out
+
 @torch.enable_grad()
 def inspect(model, x, y, classes):
     """
     One batch through the model as it will be attacked. Raises Refused for what cannot be evaluated.
-    Returns figures: precision of logits and weights; how far the logits depend on the rest of the batch, and
-    change from call to call (share of their largest entry); whether they are probabilities; share of the
-    gradient's entries that are exactly zero, and of the images without any gradient; logit norm, margin and
-    confidence.
+    Returns figures: precision of logits and weights, and any half precision within; how far the logits depend
+    on the rest of the batch, and change from call to call (share of their largest entry); whether they are
+    probabilities; share of the gradient's entries that are exactly zero, and of the images without any
+    gradient; logit norm, margin and confidence.
     """
     x, untouched = x.clone().requires_grad_(), x.clone()
     try:
@@ -49,9 +64,12 @@ def inspect(model, x, y, classes):
     zero = gradient == 0
     weights = [p for p in model.parameters() if p.is_floating_point()]
     kinds = {str(p.dtype) for p in weights}
+    matrices = [p for p in weights if p.dim() > 1]              # norm layers are often kept in fp32
     for reduced in (torch.float16, torch.bfloat16):
-        if weights and all(torch.equal(p, p.to(reduced).to(p.dtype)) for p in weights):
+        if matrices and all(torch.equal(p, p.to(reduced).to(p.dtype)) for p in matrices):
             kinds.add(f'rounded to {reduced}')
+    with torch.no_grad(), Reduced() as computed:
+        model(x)
     tf32 = torch.backends.cudnn.allow_tf32 or torch.get_float32_matmul_precision() != 'highest'
 
     with torch.no_grad():
@@ -60,7 +78,8 @@ def inspect(model, x, y, classes):
         alone = torch.cat([model(image[None]) for image in x[:8]])
         top = z.topk(2).values
         sums_to_one = (z.sum(1) - 1).abs().max() < 1e-3
-        return dict(logits=str(z.dtype), weights=sorted(kinds), tf32=x.is_cuda and tf32,
+        return dict(logits=str(z.dtype), weights=sorted(kinds), computed=sorted(computed.kinds),
+                    tf32=x.is_cuda and tf32,
                     batch_dependence=((alone - z[:8]).abs().max() / largest).item(),
                     change=((model(x) - z).abs().max() / largest).item(),
                     probabilities=bool(sums_to_one and z.min() >= 0),
@@ -131,6 +150,18 @@ def write(path, report):
 # -----------------------------------------------------------------------------
 # doubts
 
+def doubtful(clean, trained, evaluated):
+    """Is the clean accuracy what it should be? Asked before hours of attacks. -> a line, '' if it may be."""
+    accuracy, n, classes = clean['accuracy'], clean['n'], len(clean['per_class'])
+    same_branch = trained.get('eval_branch', evaluated['branch']) == evaluated['branch']
+    before = trained.get('val_clean') if same_branch else None
+    if before is not None and abs(before - accuracy) > max(10, 300 / math.sqrt(n)):
+        return f'clean accuracy is {accuracy:.1f} here and was {before:.1f} on the hold-out in training'
+    if before is None and accuracy <= min(50, 200 / classes):
+        return (f'clean accuracy is {accuracy:.1f} %, little more than chance: have these weights seen '
+                'standardised images (--mean, --std), or the classes in another order?')
+    return ''
+
 def flags(first, results, recount, warnings, trained, evaluated, adv, n):
     """
     name -> raised, text (empty unless raised) and the figures it was judged by. first: inspect's.
@@ -144,11 +175,11 @@ def flags(first, results, recount, warnings, trained, evaluated, adv, n):
         found[name] = dict(raised=bool(raised), text=text if raised else '', **figures)
 
     # the network, on one batch
-    reduced = {first['logits'], *first['weights']} - {'torch.float32'}
+    reduced = {first['logits'], *first['weights'], *first['computed']} - {'torch.float32'}
     if first['tf32']:
         reduced.add('TF32')
     flag('precision', reduced, f'not all in fp32: {", ".join(sorted(reduced))}',
-         logits=first['logits'], weights=first['weights'], tf32=first['tf32'])
+         logits=first['logits'], weights=first['weights'], computed=first['computed'], tf32=first['tf32'])
 
     off = first['batch_dependence']
     flag('batch_size', off > 1e-3, 'the logits of an image depend on the rest of the batch '
@@ -195,16 +226,17 @@ def flags(first, results, recount, warnings, trained, evaluated, adv, n):
              saved=saved, same_weights=same)
 
     # against the training
-    clean = results['clean']['accuracy']
-    before = trained.get('val_clean', clean)
-    flag('hold_out', abs(before - clean) > max(10, 300 / math.sqrt(n)), f'clean accuracy is {clean:.1f} here '
-         f'and was {before:.1f} on the hold-out in training', trained=before)
+    doubt = doubtful(results['clean'], trained, evaluated)
+    flag('hold_out', doubt, doubt, trained=trained.get('val_clean'))
 
     attack = evaluated['norm'], evaluated['eps']
     before = trained.get('norm', attack[0]), trained.get('eps', attack[1])
     within = set(results) - {'clean', 'verified', 'weak', 'strong'}         # the other rows have this radius
     flag('threat_model', within and before != attack, f'trained against {before[0]} {before[1]:g}/255, '
          f'attacked with {attack[0]} {attack[1]:g}/255', trained=before)
+
+    flag('eps', abs(evaluated['eps'] / 255 - 0.031) < 1e-4, f'eps {evaluated["eps"]:g}/255 is 0.031, and a '
+         "leaderboard's is 8/255: up to 0.8 points")
 
     enough = 5000 if trained.get('dataset') == 'imagenet' else 10000
     flag('n', n < enough, f'{n} images: not comparable with a leaderboard, mind the interval', n=n)

@@ -136,6 +136,11 @@ def test_l2():
     found = fired(Planted(standard(), after=lambda z: 100 * z), eps=1.0, norm='L2')
     assert {'gradients', 'loss', 'unbounded'} <= found, found
 
+def test_in_inference_mode_it_says_the_same():
+    with torch.inference_mode():
+        inside = fired(standard(), 20)
+    assert inside == fired(standard(), 20)
+
 def test_few_images_are_no_evidence():
     x, y = images(40)
     checks = audit(standard(), x, (y + 1) % 10, eps=EPS)

@@ -30,6 +30,11 @@ neighbours = lambda: Net(lambda z: z - z.mean(0))
 noisy = lambda: Net(lambda z: F.dropout(z, 0.2, True))
 saturated = lambda: Net(lambda z: 1e4 * z)
 half = lambda: Net(lambda z: z.bfloat16())
+misnamed = lambda: Net(lambda z: z.roll(1, 1))
+class within(Net):
+    def forward(self, x):
+        with torch.autocast('cpu', torch.bfloat16):
+            return super().forward(x).float()
 softmax = lambda: Net(lambda z: z.softmax(1))
 class counting(Net):
     def forward(self, x):
@@ -55,6 +60,7 @@ def tmp(tmp_path_factory):
     changes = dict(plain=lambda v: v, half=torch.Tensor.half, nan=lambda v: v * float('nan'))
     for name, change in changes.items():
         torch.save({k: change(v) for k, v in weights.items()}, out / f'{name}.pt')
+    torch.save(dict(weights, **{'1.weight': weights['1.weight'].half()}), out / 'half_but_bias.pt')
     return out
 
 N = 30
@@ -232,6 +238,7 @@ def test_bad_flags(flags, says, tmp, tmp_path, capsys):
 
 @pytest.mark.parametrize('name, weights, flag', [
     ('plain', 'plain.pt', None), ('plain', 'half.pt', 'precision'), ('half', 'plain.pt', 'precision'),
+    ('plain', 'half_but_bias.pt', 'precision'), ('within', 'plain.pt', 'precision'),
     ('neighbours', 'plain.pt', 'batch_size'), ('noisy', 'plain.pt', 'randomised'),
     ('saturated', 'plain.pt', 'zero_gradient'), ('softmax', 'plain.pt', 'probabilities'),
     ('counting', 'plain.pt', 'moving')])
@@ -245,6 +252,26 @@ def test_suspicious_networks_are_flagged(name, weights, flag, tmp, tmp_path, cap
     assert r['fingerprint'] == r['evaluated']['weights']
     screen = capsys.readouterr().out
     assert all(f'note: {r["flags"][key]["text"]}\n' in screen for key in raised)
+
+def test_a_clean_accuracy_near_chance_is_said_before_the_attacks(tmp, tmp_path, capsys):
+    r = evaluate(*net(tmp, 'misnamed'), *FLAGS, '--attacks', 'pgd', '--no-audit', out=tmp_path / 'e.json')[1]
+    screen = capsys.readouterr().out
+    assert r['flags']['hold_out']['raised'] and screen.count('little more than chance') == 1
+    assert screen.index('\nclean ') < screen.index('little more than chance') < screen.index('\npgd-5 ')
+
+@pytest.mark.parametrize('trained, says', [
+    (dict(val_clean=90.0), 'was 90.0 on the hold-out'), (dict(val_clean=52.0), ''), ({}, ''),
+    (dict(val_clean=90.0, eval_branch='main'), '')])
+def test_clean_accuracy_is_compared_with_that_of_the_same_branch(trained, says):
+    clean = dict(accuracy=50.0, n=1000, per_class=dict.fromkeys(range(10), 50.0))
+    text = summary.doubtful(clean, trained, dict(branch='aux' if 'eval_branch' in trained else 'main'))
+    assert says in text and bool(text) == bool(says)
+
+@pytest.mark.parametrize('eps, raised', [(7.905, True), (8, False), (7.5, False)])
+def test_a_leaderboard_s_eps_is_8_pixels_and_not_a_rounded_number(eps, raised, tmp, tmp_path):
+    r = evaluate(*net(tmp), '--n', 4, '--eps', eps, '--attacks', 'fgsm', '--no-audit',
+                 out=tmp_path / 'e.json')[1]
+    assert r['flags']['eps']['raised'] is raised
 
 def test_the_eager_network_has_the_last_word(tmp, tmp_path, monkeypatch):
     """A compiled network that is wrong makes the attack weaker, and believe what is not so."""
@@ -329,12 +356,13 @@ def test_notes_name_only_attacks_that_ran(tmp, tmp_path, monkeypatch):
     two = evaluate(*net(tmp), *flags, '--attacks', 'aa-fast', out=tmp_path / 'b.json')[1]
     assert not re.search('FAB|Square', ' '.join(two['notes'])) and 'AutoAttack in bfloat16' in two['search']
     trained = dict(norm='Linf', eps=8.0)
-    first = dict(logits='torch.float32', weights=['torch.float32'], tf32=False, batch_dependence=0, change=0,
+    first = dict(logits='torch.float32', weights=['torch.float32'], computed=[], tf32=False,
+                 batch_dependence=0, change=0,
                  zero_gradient=0, no_gradient=0, logit_norm=1, margin=1, confidence=1, probabilities=False,
                  moves=False)
-    evaluated = dict(norm='Linf', eps=2.5)
+    evaluated = dict(norm='Linf', eps=2.5, branch='main')
     for rows, raised in (['clean'], False), (['clean', 'pgd-5'], True), (['clean', 'strong'], False):
-        results = {name: dict(accuracy=50.0) for name in rows}
+        results = {name: dict(accuracy=60.0, n=6, per_class={0: 60.0}) for name in rows}
         flag = summary.flags(first, results, {}, [], trained, evaluated, None, 6)['threat_model']
         assert flag['raised'] is raised and ('attacked with' in flag['text']) is raised
 

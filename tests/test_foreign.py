@@ -109,6 +109,29 @@ def test_their_autoattack_is_not_taken_for_the_authors(tmp_path):
     from_file(f'{tmp_path}/net.py:Net', 10)(X)
     assert autoattack.package() == before and 'autoattack' not in our_modules()
 
+def test_code_is_known_by_all_the_files_that_it_imports(tmp_path):
+    """A continued evaluation or training is one of the same network."""
+    codes = []
+    for scale in '3', '3', '4':
+        files(tmp_path / f'{len(codes)}', inner=f'SCALE = {scale}', net=f'from inner import SCALE\n{LINEAR}')
+        codes.append(checkpoint.code_of(None, from_file(f'{tmp_path}/{len(codes)}/net.py:Net', 10)))
+    assert codes[0] == codes[1] != codes[2]
+    assert checkpoint.code_of(models.build('resnet18', 10, width=4), None) is None
+
+def test_an_evaluation_is_not_continued_with_other_code(tmp_path, capsys):
+    files(tmp_path, inner='SCALE = 3', net=f'from inner import SCALE\n{LINEAR}')
+    torch.save(from_file(f'{tmp_path}/net.py:Net', 10).state_dict(), tmp_path / 'w.pt')
+    def evaluated():
+        script = run('evaluate.py', tmp_path / 'w.pt', '--model', f'{tmp_path}/net.py:Net', *SYNTHETIC,
+                     '--no-audit', '--transfer-from', tmp_path / 'w.pt', '--transfer-model',
+                     f'{tmp_path}/net.py:Net', '--out', tmp_path / 'e.json')
+        return script['evaluated']
+    before = evaluated()
+    (tmp_path / 'e.json').unlink()
+    (tmp_path / 'inner.py').write_text('SCALE = 4')
+    after = evaluated()
+    assert {key for key in before if before[key] != after[key]} == {'code', 'transfer_code'}
+
 def test_a_network_in_our_own_folder_finds_ours():
     around = Surroundings(HERE)
     around.enter()
@@ -312,8 +335,9 @@ def own(theirs, tmp_path_factory):
 def test_the_command_printed_after_training_names_the_code(own, theirs):
     out, said = own
     command = shlex.split(said[-1].partition('Next: ')[2])
-    assert command == ['python', 'evaluate.py', f'{out}/best.pt', '--model', f'{theirs}/net.py:make']
-    script = run(*command[1:], *SYNTHETIC[2:])
+    assert os.path.abspath(command[1]) == str(HERE / 'evaluate.py')
+    assert command[2:] == [f'{out}/best.pt', '--model', f'{theirs}/net.py:make']
+    script = run('evaluate.py', *command[2:], *SYNTHETIC[2:])
     _, meta = checkpoint.load_checkpoint(out / 'best.pt', command[-1])
     assert script['meta']['loss'] == meta['loss'] == 'logit_mse'
 

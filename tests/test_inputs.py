@@ -1,4 +1,5 @@
 """Bad input is one clear line that says what to do, before any work starts; never a traceback."""
+import argparse
 import importlib.util
 import types
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import models
-from support import checkpoint
+from support import checkpoint, refusals
 from test_smoke import TINY, run, teacher                       # teacher: a fixture
 
 def test_half_a_teacher_is_not_taken(tmp_path, monkeypatch):
@@ -182,6 +183,14 @@ def test_without_autoattack_an_evaluation_says_so_before_it_begins(broken, monke
     assert e.value.code == 2 and 'pip install pyautoattack' in out.err and out.err.count('\n') == 1
     assert 'clean' not in out.out
     run(*command, '--attacks', 'clean', '--out', tmp_path / 'e.json')       # the rest does not need it
+
+@pytest.mark.parametrize('model, size, says', [
+    ('torchvision-resnet18', 32, 'is made for 224 pixels'), ('resnet18', 224, 'is made for 32 pixels'),
+    ('resnet18', 64, None), ('torchvision-resnet18', 64, None), ('net.py:make', 224, None)])
+def test_a_network_for_images_of_another_size_is_said(model, size, says):
+    notes = refusals.images(argparse.Namespace(model=model, batch_size=4, accumulate=1),
+                            torch.zeros(8, size, size, 3, dtype=torch.uint8))
+    assert len(notes) == bool(says) and all(says in note for note in notes)
 
 def test_images_of_one_colour_cannot_be_standardised(tmp_path, capsys):
     np.savez(tmp_path / 'mine.npz', x_train=np.full((20, 32, 32, 3), 7, np.uint8), y_train=np.arange(20) % 4,

@@ -152,6 +152,7 @@ def test_both_branches_can_be_evaluated(tmp_path):
             logits[b] = net(x)
         y = data.load('synthetic').y_test[:64]
         assert script['results']['clean']['correct'] == (logits[b].argmax(1) == y).sum()
+        assert f'goes through the {b} BN' in ' '.join(script['notes'])
     assert not torch.allclose(*logits.values())
     assert torch.equal(net(x), logits['main'])                          # the default
 
@@ -252,6 +253,9 @@ def test_images_without_labels_are_read_and_of_an_npy_stay_on_the_disk(kind, tmp
     dict(npy=lambda: np.save(path, images()), npz=lambda: np.savez(path, label=np.zeros(50), image=images()),
          compressed=lambda: np.savez_compressed(path, x=images()))[kind]()
     opened = data.open_images(path, (32, 32, 3))
+    if kind == 'npy':
+        np.save(tmp_path / 'grey.npy', np.zeros((5, 8, 8), np.uint8))
+        assert data.open_images(tmp_path / 'grey.npy', (8, 8, 1)).shape == (5, 8, 8, 1)
     assert np.array_equal(opened, images()) and isinstance(opened, np.memmap) == (kind == 'npy')
     batches = data.image_batches(opened, 20, 'none', torch.Generator().manual_seed(0))
     x = torch.cat([next(batches) for _ in range(5)])                    # two rounds of the fifty

@@ -8,6 +8,7 @@ import torch
 
 from support import files, runs, sources
 from support.files import Refused
+from test_smoke import run
 
 HERE = pathlib.Path(__file__).parent.parent
 ADV = [sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '4',
@@ -138,6 +139,55 @@ def test_a_teacher_is_its_weights_wherever_the_file_lies(teacher, tmp_path):
                 'was started with teacher') in done.stderr
         done = subprocess.run([*command, str(tmp_path / 'b.pt'), '--resume'], capture_output=True, text=True)
         assert done.returncode == 0 and ('nothing to resume' in done.stdout) == finished_too
+
+@pytest.mark.parametrize('change, says', [('extra', 'was started with extra-data'),
+                                          ('code', 'was started with code')])
+def test_other_extra_images_and_other_code_are_not_continued_with(change, says, tmp_path, capsys):
+    """In this process: stopped after its first step."""
+    def train(*more):
+        return run('train_adv.py', '--loss', 'softmax_kl', '--dataset', 'synthetic', '--subset', 64,
+                   '--steps', 1, '--epochs', 1, '--model', f'{tmp_path}/net.py:make',
+                   '--teacher', tmp_path / 'teacher.pt', '--teacher-model', f'{tmp_path}/net.py:make',
+                   '--extra', tmp_path / 'extra.npy', '--out', tmp_path / 'out', *more)
+    (tmp_path / 'net.py').write_text(
+        'import torch\nfrom inner import SCALE\n'
+        'def make():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))\n')
+    (tmp_path / 'inner.py').write_text('SCALE = 1')
+    np.save(tmp_path / 'extra.npy', np.full((40, 32, 32, 3), 100, np.uint8))
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10)).state_dict(),
+               tmp_path / 'teacher.pt')
+    with pytest.MonkeyPatch.context() as patch:
+        def stop(self, state):
+            self.save_state(state)
+            raise runs.Stopped
+        patch.setattr(runs.Run, 'save_if_due', stop)
+        with pytest.raises(SystemExit):
+            train()
+    if change == 'extra':
+        np.save(tmp_path / 'extra.npy', np.zeros((40, 32, 32, 3), np.uint8))
+    else:
+        (tmp_path / 'inner.py').write_text('SCALE = 2')
+    with pytest.raises(SystemExit):
+        train('--resume')
+    assert says in capsys.readouterr().err
+
+def test_a_teacher_of_another_hold_out_is_said(tmp_path, capsys):
+    """Of the same images in another order others are held out: the teacher knows those of the student."""
+    x, y, u, v = sources.synthetic()
+    for order in np.arange(640), np.random.default_rng(0).permutation(640):
+        np.savez(tmp_path / 'mine.npz', x_train=x[order], y_train=y[order], x_test=u, y_test=v)
+        if not (tmp_path / 'teacher').exists():
+            run('train_teacher.py', '--dataset', 'mine', '--data-dir', tmp_path, '--width', 4, '--epochs', 1,
+                '--out', tmp_path / 'teacher')
+        capsys.readouterr()
+        run('train_adv.py', '--loss', 'ltd', '--dataset', 'mine', '--data-dir', tmp_path, '--width', 4,
+            '--subset', 64, '--epochs', 1, '--steps', 1, '--teacher', tmp_path / 'teacher/best.pt',
+            '--out', tmp_path / f'subset{order[0]}')
+        assert 'it may know those' not in capsys.readouterr().out           # of a part nothing is compared
+        run('train_adv.py', '--loss', 'ltd', '--dataset', 'mine', '--data-dir', tmp_path, '--width', 4,
+            '--batch-size', 512, '--epochs', 1, '--steps', 1, '--teacher', tmp_path / 'teacher/best.pt',
+            '--out', tmp_path / f'out{order[0]}')
+        assert ('it may know those' in capsys.readouterr().out) == bool(order[0])
 
 def test_two_students_that_need_one_teacher(tmp_path):
     """One trains it, the other waits and says so."""
@@ -300,6 +350,14 @@ def test_other_signals_save_too(number, tmp_path):
     process.send_signal(number)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and 'Continue with: python' in err and (tmp_path / 'state.pt').exists()
+
+def test_another_script_runs_in_a_thread(tmp_path):
+    """Where Python takes no handlers: train_adv.py in a thread of somebody's program trains its teacher."""
+    code = ('import threading; from support import child; '
+            'thread = threading.Thread(target=lambda: print(child.run(["-c", "raise SystemExit(3)"]))); '
+            'thread.start(); thread.join()')
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ('3\n', '')
 
 def test_nohup_holds_while_another_script_is_run():
     code = ('import os, signal; from support import child; signal.signal(signal.SIGHUP, signal.SIG_IGN); '

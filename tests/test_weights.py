@@ -1,6 +1,7 @@
 """Anybody's weights: found in their file and fitted to the network, or one line says why not."""
 import argparse
 import copy
+import gzip
 import json
 import os
 import struct
@@ -66,6 +67,12 @@ CHANGES = {
     'nested': (lambda w: {'ema': {'state_dict': w, 'decay': 0.9}}, 'weights: ema.state_dict'),
     'both': (lambda w: {'state_dict_ema': {k: 0 * v for k, v in w.items()}, 'state_dict': w, 'optimizer': {}},
              'weights: state_dict; the file also holds state_dict_ema'),
+    'both, one deeper': (lambda w: {'model_ema': {'module': {k: 0 * v for k, v in w.items()}}, 'model': w},
+                         'weights: model; the file also holds model_ema.module'),
+    'both, one by a name of its own': (lambda w: {'unaveraged': {k: 0 * v for k, v in w.items()}, 'model': w},
+                                       'weights: model; the file also holds unaveraged'),
+    'one name of its own': (lambda w: {'swa': w, 'optimizer': {'state': {0: {'m': w['conv1.weight']}}}},
+                            'weights: swa'),
     'beside numbers': (lambda w: {'model': w, 'acc': np.float64(9), 'epoch': np.int64(3),
                                   'args': argparse.Namespace(lr=1)}, 'weights: model'),
 }
@@ -88,9 +95,9 @@ def test_averaged_model_and_unknown_containers(net, tmp_path):
     assert fingerprint == checkpoint.fingerprint(net)
     assert 'n_averaged left out; prefix module. dropped' in text
     two = prefixed(net.state_dict(), 'student.') | {'teacher.w': X}
-    for content, says in (({'weights': net.state_dict()}, 'no state dict'),
+    for content, says in (({'a': net.state_dict(), 'b': net.state_dict()}, 'no state dict .*a, b'),
                           ({'state_dict': {}}, 'no state dict'),
-                          (two, 'found there: student.conv1.weight'),
+                          (two, 'begins with student., and there is more, such as teacher.w'),
                           ({'fc.weight': X}, 'found there: fc.weight'),
                           (dict(net.state_dict(), mu=X), 'unknown mu')):
         with pytest.raises(Refused, match=says):
@@ -148,7 +155,13 @@ def test_files_that_are_something_else_are_named(net, tmp_path):
     with pytest.raises(Refused, match='TorchScript archive'):
         checkpoint.read(path)
     for content, says in ((b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'git lfs pull'),
-                          (b'', 'truncated'), (b'\n <html>', 'web page')):
+                          (b'', 'truncated'), (b'\n <html>', 'web page'), (b'\xef\xbb\xbf<html>', 'web page'),
+                          ('<html>'.encode('utf-16'), 'web page'),
+                          (b'404: Not Found', r'a text \("404: Not Found"\)'),
+                          (b'{"error":\n "gated"}', 'a text .*did a download fail'),
+                          (gzip.compress(path.read_bytes()), 'gunzip'),
+                          (b'\x89HDF\r\n\x1a\n' + bytes(90), 'not a PyTorch checkpoint'),
+                          (b'\x08\x07\x12\x07pytorch' + bytes(90), 'not a PyTorch checkpoint')):
         path.write_bytes(content)
         with pytest.raises(Refused, match=says):
             checkpoint.read(path)
@@ -160,6 +173,10 @@ def test_safetensors(net, tmp_path, monkeypatch):
         loaded, meta = checkpoint.load_checkpoint(tmp_path / name, 'resnet18', 10, width=4)
         assert checkpoint.fingerprint(loaded) == checkpoint.fingerprint(net)
         assert 'the whole file; prefix module. dropped' in meta['weights']
+    # of the length of the header, which comes first, the lowest byte may be any: also that of '<'
+    for spaces in range(256):
+        torch_side.save_file({'w': torch.ones(1)}, tmp_path / 'less', metadata={'x': 'x' * spaces})
+        assert set(checkpoint.read(tmp_path / 'less')) == {'w'}
     whole = (tmp_path / 'w.safetensors').read_bytes()
     (tmp_path / 'w.safetensors').write_bytes(whole[:len(whole) // 2])
     with pytest.raises(Refused, match='damaged safetensors'):
