@@ -322,6 +322,8 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
         begun = time.perf_counter()
         verified = torch.where(clean == y_test, classify_all(x_adv, 'verified'), clean)
         row('verified', verified, begun)
+        if args.save_adv:
+            x_worst[clean == y_test] = x_adv.cpu()[clean == y_test]
         taken = torch.where(taken == y_test, verified, taken)
     again = [f'{part} again' for part in FAST] if half else []      # on what the search in bf16 has left
     for name in todo:

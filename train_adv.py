@@ -381,7 +381,8 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         if args.swa and epoch > args.swa * args.epochs:
             averages += 1
             move_average(1 / averages)
-            update_bn(data.epoch(d, args.batch_size, args.seed, epoch), averaged)
+            share = slice(rank, None, world) if args.sync_bn else slice(None)
+            update_bn(data.epoch(d, args.batch_size, args.seed, epoch, share=share), averaged)
         model = averaged if args.ema or averages else student                   # what is judged and kept
         clean, robust, val_loss = validate(model)
         runs.check_finite(losses, val_loss, epoch)

@@ -171,6 +171,12 @@ def copied(net):
         line = f'--ema and --swa need a copy of the network: {type(e).__name__}: {e}'.splitlines()[0]
         raise Refused(line) from e
 
+def as_validated(net, meta):
+    """Of the two BN of a dual one net uses from here on that which it was validated with."""
+    for m in net.modules():
+        if isinstance(m, models.DualBatchNorm2d):
+            m.auxiliary = meta.get('run', {}).get('eval_branch') == 'aux'
+
 # -----------------------------------------------------------------------------
 # teachers
 
@@ -189,9 +195,7 @@ def load_teacher(path, args, d, device):
         if its_run.get('data') not in (None, data.fingerprint(d)):
             say(f'note: {path} was trained on other images, or in another order: it may know those that are '
                 'held out here')
-    for m in net.modules():                                     # of its two, the BN it was validated with
-        if isinstance(m, models.DualBatchNorm2d):
-            m.auxiliary = its_run.get('eval_branch') == 'aux'
+    as_validated(net, meta)
     net = net.to(device, memory_format=speed.layout(device)).requires_grad_(False)
     return net, dict(path=path, fingerprint=fingerprint(net), code=net.build_args.get('code'),
                      trained_with=meta.get('loss'), stored_clean=meta.get('val_clean'))

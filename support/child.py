@@ -1,6 +1,7 @@
 """
 Another of the scripts, run by this one.
 """
+import os
 import signal
 import subprocess
 import sys
@@ -8,6 +9,17 @@ import threading
 
 class Stopped(Exception):
     """A signal asked this script to stop while the other one worked; that one has saved and ended."""
+
+def _in_a_terminal():
+    """Does Ctrl-C reach this process, and with it all that it has started?"""
+    try:
+        terminal = os.open('/dev/tty', os.O_RDONLY)
+    except OSError:
+        return os.name == 'nt'
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 def run(command, cwd=None):
     """python COMMAND, a list -> its exit status. SIGINT, SIGTERM and SIGHUP go on to it; once it has saved
@@ -20,8 +32,10 @@ def run(command, cwd=None):
     def pass_on(number, frame):
         nonlocal asked
         asked = True
-        if number != signal.SIGINT:             # Ctrl-C reaches both
+        if number != signal.SIGINT:
             child.send_signal(number)
+        elif not _in_a_terminal():              # a second SIGINT, if one has come, would mean: at once
+            child.send_signal(signal.SIGTERM)
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', None)):

@@ -14,7 +14,7 @@ import models
 from models import bn_branch
 from support import imagenet, refusals, speed
 from support.autoattack import FAST, PARTS, package
-from support.checkpoint import is_ours, load_checkpoint
+from support.checkpoint import as_validated, is_ours, load_checkpoint
 from support.refusals import refuse
 
 DEFAULT = ['clean', 'fgsm', 'pgd', 'cw', 'autoattack']      # the attacks of an evaluation that names none
@@ -98,6 +98,8 @@ def resolve(args, ckpt):
         refuse('weak and strong are Linf attacks, and so is pgd-trades')
     if args.fast and (args.individual or set(PARTS) & set(args.attacks)):
         refuse('--fast is for autoattack as a whole: what a part alone leaves has no second search')
+    if args.individual and not {'autoattack', 'aa-fast'} & set(args.attacks):
+        refuse('--individual is of autoattack, which is not among --attacks')
     if {'autoattack', 'aa-fast', *PARTS} & set(args.attacks):
         has_autoattack()
     return run, shard
@@ -160,6 +162,7 @@ def networks(args, run, d, device):
         own_code = '.py:' in source.build_args['name']          # --transfer-model says that it may be run
         if 'config' in known and (args.transfer_model and not own_code or args.transfer_width):
             refuse(f'{args.transfer_from} says itself what it is: drop --transfer-model and --transfer-width')
+        as_validated(source, known)
         source = source.to(device).requires_grad_(False)
     return model.to(device), meta, source
 

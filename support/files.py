@@ -38,6 +38,17 @@ def atomic(path):
         with contextlib.suppress(FileNotFoundError):
             os.remove(tmp)
 
+def check_writable(path):
+    """Raises Refused where atomic(path) would fail after the work; path stays as it is."""
+    if os.path.isdir(path):
+        raise Refused(f'cannot write {path}: it is a folder')
+    try:
+        with atomic(f'{path}.try') as tmp, open(tmp, 'w') as f:
+            f.write('')
+        os.remove(f'{path}.try')
+    except OSError as e:
+        raise Refused(cannot_write(path, e)) from e
+
 def save(path, content):
     """torch.save, whole or not at all. Raises OSError."""
     with atomic(path) as tmp, open(tmp, 'wb') as f:

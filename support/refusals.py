@@ -30,7 +30,7 @@ def one_line(parser):
         if issubclass(kind, torch.OutOfMemoryError):
             error('out of memory on the GPU: try half of --batch-size')
         if issubclass(kind, KeyboardInterrupt):
-            print(f'\n{parser.prog}: stopped before any work was done', file=sys.stderr)
+            print(f'\n{parser.prog}: stopped', file=sys.stderr)
             sys.exit(130)
         sys.__excepthook__(kind, problem, trace)
     parser.error = error

@@ -54,7 +54,7 @@ class Run:
         self.stop_asked, self.stop_told, self.header, self.timed_share = False, False, True, 1.0
         self.rows, self.seconds_before, self.begun = [], 0.0, time.perf_counter()
         self.saved_at = self.row_at = self.begun
-        self.at = 'before the first epoch'
+        self.at = self.at_next = 'before the first epoch'
         if self.rank == 0 and not args.dry_run:
             self._open()
 
@@ -75,9 +75,7 @@ class Run:
                 if os.path.exists(f'{self.folder}/last.pt'):
                     raise Refused(f'{self.folder} holds a trained model already: choose another --out, '
                                   'or delete it')
-            with atomic(f'{self.folder}/.writable') as tmp, open(tmp, 'w') as f:
-                f.write('')
-            os.remove(f'{self.folder}/.writable')
+            files.check_writable(f'{self.folder}/log.jsonl')
         except OSError as e:
             raise Refused(files.cannot_write(self.folder, e)) from e
 
@@ -184,6 +182,7 @@ class Run:
     def save_if_due(self, state):
         """After every step: a state every --save-minutes, and when the run is asked to stop, which then
         raises Stopped."""
+        self.at = self.at_next
         due = time.perf_counter() - self.saved_at > 60 * self.args.save_minutes
         stopping, due = ddp.any_rank(self.stop_asked, due)
         if stopping or due:
@@ -218,7 +217,7 @@ class Run:
                    disable=True if self.rank else None)
         told = time.perf_counter()
         for k, thing in enumerate(bar, initial):
-            self.at = f'in {what}, after {k} of {total}'
+            self.at, self.at_next = f'in {what}, after {k} of {total}', f'in {what}, after {k + 1} of {total}'
             if self.stop_asked and not self.stop_told:
                 self.stop_told = True
                 say('stopping as soon as all can be saved; a second Ctrl-C stops at once')
@@ -273,6 +272,7 @@ class Run:
         if '.py:' in self.config['model']:          # code of one's own is run where it is asked for
             command += ['--model', self.config['model']]
         say(f'done in {self.seconds() / 60:.1f} min. Next: {shlex.join(command)}')
+        ddp.leave()
 
     # --- what ends it early
 
@@ -315,6 +315,8 @@ class Run:
             if 'file too short' in str(e):
                 sys.exit(f"a compilation that was killed has left half a file in PyTorch's cache: delete "
                          f'{torch._inductor.runtime.cache_dir_utils.cache_dir()} and start again')
+            if ddp.world_size() > 1 and ('gloo' in str(e) or 'NCCL' in str(e)):
+                sys.exit(f'another process has ended or is out of reach. Stopped {self.at}; {self._intact()}')
             if not files.out_of_memory(e):
                 raise
             size, parts = self.args.batch_size, self.args.accumulate

@@ -26,6 +26,7 @@ from support.files import Refused, atomic, cannot_write, out_of_memory, say
 from support.refusals import refuse
 
 UNFINISHED = '"complete": false'
+RESERVED = '{%s}' % UNFINISHED              # a report of which no row is finished
 TELL, GIVE_UP = 30, 3600        # seconds: between two lines on the screen; of waiting for an absent shard
 
 # -----------------------------------------------------------------------------
@@ -63,13 +64,16 @@ def progress(things, what, unit='batches', total=None):
 @contextlib.contextmanager
 def guarded(report, batch_size):
     """The work of an evaluation: what ends it early is one line, and the next command goes on from there."""
-    intact = f'what is finished lies in {report}.state, and the same command continues'
+    def intact():
+        if glob.glob(f'{glob.escape(report)}.state/*.pt'):
+            return f'what is finished lies in {report}.state, and the same command continues'
+        return 'nothing was finished'
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f'\nstopped: {intact}')
+        sys.exit(f'\nstopped: {intact()}')
     except OSError as e:
-        sys.exit(f'{cannot_write(e.filename or report, e)}. Stopped: {intact}')
+        sys.exit(f'{cannot_write(e.filename or report, e)}. Stopped: {intact()}')
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
@@ -106,7 +110,7 @@ def reserve(path, flag):
         for left_over in glob.glob(os.path.join(glob.escape(folder), f'.{glob.escape(name)}.*.tmp')):
             os.remove(left_over)
         with atomic(path) as tmp, open(tmp, 'w') as f:
-            f.write('{%s}' % UNFINISHED)
+            f.write(RESERVED)
     except OSError as e:
         raise Refused(cannot_write(path, e)) from e
 
@@ -235,5 +239,8 @@ class Saved:
             if os.path.isfile(report):
                 with open(report) as f:
                     whole = UNFINISHED not in f.read()
-            if whole or not glob.glob(f'{glob.escape(self.folder)}/*.pt'):
+            begun = glob.glob(f'{glob.escape(self.folder)}/*.pt')
+            if whole or not begun:
                 shutil.rmtree(self.folder)
+            if os.path.isfile(report) and os.path.getsize(report) == len(RESERVED):
+                os.remove(report)

@@ -164,12 +164,31 @@ def test_scaling_varies_one_thing_at_a_time_and_starts_trainings(tmp_path, monke
     ('--loss trades --batch-size 1', '--batch-size 1: a number, at least 2'),
     ('--seconds 0', '--seconds 0.0: a number'),
     ('--model resnet7', "unknown model 'resnet7'"), ('--json /proc/x/y.json', '/proc/x'),
-    ('--authors nowhere.py', 'there is no nowhere.py')])
+    ('--authors nowhere.py', 'there is no nowhere.py'), ('--json /proc', 'it is a folder'),
+    ('--scaling --batch-sizes 16 1024', 'a batch of 1024: of the 576 images'),
+    ('--scaling --batch-size 1000', 'a batch of 1000'), ('--scaling --widths 8 0', '--widths 0: at least 1'),
+    ('--scaling --attack-steps 0', '--attack-steps 0'), ('--scaling --processes 1 0', '--processes 0'),
+    ('--scaling --processes 1 3', 'is no multiple of it'), ('--scaling --loss ltd', 'not ltd'),
+    ('--scaling --tricks', 'drop --tricks'), ('--scaling --loss trades --beta 3', 'drop --beta'),
+    ('--scaling --activation softplus', 'drop --activation')])
 def test_wrong_flags_are_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as stop:
         run('tools/bench.py', *flags.split())
     out, err = capsys.readouterr()
     assert stop.value.code == 2 and err.count('\n') == 1 and message in err and not out
+
+def test_an_older_table_stays_until_there_is_a_row_of_the_new_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'old.json').write_text('{"rows": 1}')
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(steps, 'from_device', lambda *args: iter(interrupted, 1))
+    with pytest.raises(SystemExit, match='stopped$'):
+        run('tools/bench.py', '--width', 4, '--batch-size', 4, '--steps', 1, '--json', tmp_path / 'old.json')
+    monkeypatch.setattr(scaling, 'run_of', interrupted)
+    with pytest.raises(SystemExit, match='stopped$'):
+        run('tools/bench.py', '--scaling', '--json', tmp_path / 'old.json')
+    assert (tmp_path / 'old.json').read_text() == '{"rows": 1}' and list(tmp_path.iterdir()) == [
+        tmp_path / 'old.json']
 
 def test_the_rule_of_folding():
     cpu, bf16 = torch.device('cpu'), torch.bfloat16

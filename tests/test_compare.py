@@ -69,6 +69,9 @@ def test_all_of_other_attacks_is_another_row(write, capsys):
     assert 'all of the above' not in capsys.readouterr().out
     run('tools/compare.py', a, a)
     assert 'all of the above' in capsys.readouterr().out
+    b = write('v.json', rows=rows, report=dict(args=dict(attacks=['pgd', 'fgsm'], verify='a.adv')))
+    run('tools/compare.py', a, b)
+    assert 'all of the above' not in capsys.readouterr().out
 
 def test_many_reports_make_a_sorted_table_and_a_picture(write, tmp_path, capsys):
     paths = [write(f'{right}.json', right=right) for right in (10, 3, 17, 12)]

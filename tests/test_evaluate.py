@@ -137,6 +137,16 @@ def test_saved_images_are_what_the_report_says(whole, tmp):
     # all of this radius, and the sweep over steps after it
     assert right.sum() <= r['results']['all within eps 2.5']['correct'] < r['results']['clean']['correct']
 
+def test_images_that_are_verified_and_saved_again_stay_what_they_are(tmp, tmp_path):
+    flags = [*net(tmp), *FLAGS, '--no-audit', '--attacks', 'pgd']
+    evaluate(*flags, '--save-adv', tmp_path / 'a.adv', out=tmp_path / 'a.json')
+    again = ['--verify', tmp_path / 'a.adv', '--save-adv', tmp_path / 'b.adv']
+    evaluate(*flags, *again, out=tmp_path / 'b.json')
+    r = evaluate(*net(tmp), *FLAGS, '--no-audit', '--verify', tmp_path / 'b.adv', out=tmp_path / 'c.json')[1]
+    a, b = [torch.load(tmp_path / name, weights_only=True) for name in ('a.adv', 'b.adv')]
+    assert 0 < a['robust'].sum() < N and not r['flags']['verified']['raised']
+    assert r['results']['verified']['correct'] == b['robust'].sum() <= a['robust'].sum()
+
 def test_steps_as_large_as_the_range_are_taken(tmp, tmp_path):
     """In proportion they, and the audit's, would be larger."""
     r = evaluate(*net(tmp), '--n', 8, '--eps', 140, '--step-size', 129, '--steps', 1, '--attacks', 'pgd',
@@ -229,6 +239,7 @@ def test_data_that_cannot_be_evaluated(damage, says, tmp, tmp_path, capsys, monk
     ('--norm L2 --eps 128 --attacks weak', 'weak and strong are Linf attacks'),
     ('--fast --attacks apgd-ce', '--fast is for autoattack as a whole'),
     ('--fast --individual', '--fast is for autoattack as a whole'),
+    ('--individual --attacks pgd', '--individual is of autoattack'),
     ('--transfer-from /none.pt', 'cannot read /none.pt'), ('--verify /none.pt', 'cannot read /none.pt'),
     ('--save-adv {tmp}/plain.pt', 'is there already: choose another --save-adv'),
     ('--out {tmp}/new --save-adv {tmp}/../{tmp.name}/new', 'the report goes there')])

@@ -5,13 +5,15 @@ command again ends in the report that an undisturbed evaluation has, or says wha
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import data
 from support import files, shards, summary
-from test_smoke import run
+from test_smoke import HERE, run
 
 FLAGS = '--n 24 --batch-size 8 --eps 2.5 --attacks fgsm pgd --steps 2 --no-audit'.split()       # six batches
 
@@ -74,6 +76,17 @@ def stop_after(batches, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(files, 'save', stopping)
+
+def test_what_is_stopped_before_its_first_batch_leaves_nothing(model, tmp_path):
+    """Here, in its audit."""
+    argv = ['evaluate.py', str(model), '--model', f'{model.parent}/net.py:make', '--dataset', 'synthetic',
+            '--n', '20', '--attacks', 'pgd', '--out', f'{tmp_path}/e.json']
+    code = ('import runpy, sys; from support import audit\n'
+            'def stop(*args, **options):\n    raise KeyboardInterrupt\n    yield\n'
+            f'audit.checks, sys.argv = stop, {argv}\n'
+            'runpy.run_path("evaluate.py", run_name="__main__")')
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
+    assert done.stderr == '\nstopped: nothing was finished\n' and not list(tmp_path.iterdir())
 
 @pytest.fixture
 def half(model, expected, tmp_path, monkeypatch, capsys):

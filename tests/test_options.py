@@ -140,6 +140,12 @@ def test_the_craft_branch_crafts(craft_branch, calls, tmp_path):
     script['craft'](X, Y)
     assert len(seen) == calls                                           # of --steps 1
 
+def test_a_source_of_transfer_uses_the_branch_that_it_was_validated_with(tmp_path):
+    train(tmp_path, '--eval-branch', 'aux', loss='advprop')
+    script = run('evaluate.py', tmp_path / 'last.pt', '--branch', 'main', '--n', 4, '--attacks', 'clean',
+                 '--transfer-from', tmp_path / 'last.pt', '--no-audit')
+    assert script['source'].bn1.auxiliary and not script['model'].bn1.auxiliary
+
 def test_both_branches_can_be_evaluated(tmp_path):
     train(tmp_path, loss='advprop', epochs=2)
     reports = {b: run('evaluate.py', tmp_path / 'last.pt', '--branch', b, '--n', 64, '--attacks', 'clean')

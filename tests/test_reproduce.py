@@ -308,6 +308,7 @@ def test_what_does_not_go_together(capsys):
                        (['small', '--rows', 'nothing'], 'unknown row'),
                        (['small', '--scale', 'paper'], 'leave --scale out'),
                        (['p1-table2', '--scale', 'cpu', '--n', '0'], '--n 0: at least 1'),
+                       (['p1-table2', '--scale', 'cpu', '--n', '10001'], 'CIFAR has 10,000 test images'),
                        (['small', '--runs', '/tmp/elsewhere'], 'a folder called runs')):
         with pytest.raises(SystemExit) as ended:
             reproduce.main(argv)

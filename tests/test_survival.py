@@ -206,13 +206,15 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 PLAIN = ['--loss', 'pgd_at', '--norm', 'L2', '--init', 'zero', '--epochs', '1', '--subset', '32',
          '--lr', '0.01', '--amp', 'off']
 
-@pytest.mark.parametrize('flags', [['--sync-bn'], []], ids=['sync-bn', 'local-bn'])
+@pytest.mark.parametrize('flags', [['--sync-bn'], ['--sync-bn', '--swa', '0.1'], []],
+                         ids=['sync-bn', 'sync-bn-swa', 'local-bn'])
 def test_two_processes_are_one(flags, tmp_path):
     """The same global batch: with common BN statistics the same network; without, another one, because each
     half was normalised by itself."""
-    subprocess.run([*ADV, str(tmp_path / '1'), *PLAIN], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path / '2'), *PLAIN, *flags], check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run([*ADV, str(tmp_path / '1'), *PLAIN, *flags[1:]], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path / '2'), *PLAIN, *flags], check=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert 'deprecated' not in done.stderr
     (one, log_one), (two, log_two) = finished(tmp_path / '1'), finished(tmp_path / '2')
     apart = max(((two[k] - v).norm() / v.norm()).item() for k, v in one.items()
                 if v.is_floating_point())
@@ -262,6 +264,22 @@ def test_common_statistics_in_reduced_precision_and_for_an_average(tmp_path):
 def arguments(folder, **flags):
     return SimpleNamespace(**dict(dict(out=str(folder), resume=True, dry_run=False, save_minutes=0, epochs=2,
                                        batch_size=2, accumulate=1), **flags))
+
+def test_where_a_run_stopped_counts_the_batch_that_is_saved(tmp_path):
+    run = runs.Run(arguments(tmp_path))
+    run.config, run.stop_asked = {}, True
+    with pytest.raises(SystemExit, match='stopped in epoch 1, after 2 of 3'), run.guarded():
+        for k in run.progress(range(1, 3), 'epoch 1', total=3, initial=1):
+            run.save_if_due(lambda: dict(epoch=1, step_losses=[]))
+
+def test_another_process_that_is_gone_is_one_line(tmp_path, monkeypatch):
+    run = runs.Run(arguments(tmp_path))
+    monkeypatch.setattr(runs.ddp, 'world_size', lambda: 2)
+    with pytest.raises(SystemExit, match='another process has ended .* nothing had been'), run.guarded():
+        raise RuntimeError('[gloo/transport/tcp/pair.cc:545] Read error: Connection reset by peer')
+    monkeypatch.setattr(runs.ddp, 'world_size', lambda: 1)
+    with pytest.raises(RuntimeError), run.guarded():
+        raise RuntimeError('gloo')
 
 def test_half_a_run_without_a_state_is_not_finished(tmp_path):
     net = torch.nn.Linear(2, 2)
@@ -365,13 +383,14 @@ def test_nohup_holds_while_another_script_is_run():
     done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
     assert done.stdout == '0\n', done
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_the_teacher_is_trained_first_saves_it(number, tmp_path):
+@pytest.mark.parametrize('number, to_both', [(signal.SIGTERM, False), (signal.SIGINT, True),
+                                             (signal.SIGINT, False)])
+def test_a_signal_while_the_teacher_is_trained_first_saves_it(number, to_both, tmp_path):
     process = started([sys.executable, str(HERE / 'train_adv.py'), '--dataset', 'synthetic', '--width', '24'],
                       cwd=tmp_path, start_new_session=True)
     folder = tmp_path / 'runs/synthetic-resnet18-w24-teacher'
     begun(folder, process)
-    if number == signal.SIGINT:                             # a terminal sends it to both
+    if to_both:                                             # as a terminal does
         os.killpg(process.pid, number)
     else:
         process.send_signal(number)

@@ -8,12 +8,15 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
+from support import checkpoint
+from support.files import Refused
 from tools import plan as plans
 from tools import temperature
 
@@ -118,6 +121,41 @@ def test_both_steps_once_and_without_the_test_set(tmp_path):
     stored = torch.load(tmp_path / 'runs/t/best.pt', weights_only=True)['val_clean']
     assert json.loads((tmp_path / 'r/u.json').read_text())['threshold'] == pytest.approx(
         stored - temperature.DROP)
+
+@pytest.mark.parametrize('content, says', [
+    ('{"flags": "--width 8", "points": {"1": {}}}', 'holds a search with other flags'),
+    ('{"complete": true, "results": {}}', 'and no search'), ('[]', 'and no search'),
+    ('a text', 'and no search')])
+def test_what_lies_in_out_stays_what_it_is(content, says, tmp_path):
+    (tmp_path / 't.json').write_text(content)
+    with pytest.raises(Refused, match=says):
+        temperature.main(['--out', str(tmp_path / 't.json'), '--width', '4'])
+    assert (tmp_path / 't.json').read_text() == content
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_trainings(tmp_path):
+    for path in '/proc/nowhere/t.json', str(tmp_path):
+        with pytest.raises(Refused, match='cannot'):
+            temperature.main(['--out', path, '--width', '4'])
+
+def test_ctrl_c_says_that_the_search_goes_on(tmp_path, monkeypatch):
+    def interrupted(place, job):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(temperature, 'trained', interrupted)
+    with pytest.raises(SystemExit, match='the same command continues'):
+        temperature.main(['--out', str(tmp_path / 't.json'), '--threshold', '9', '--width', '4'])
+
+def test_a_network_of_ones_own_is_judged(tmp_path, monkeypatch):
+    """The user has named its code for train_adv.py."""
+    (tmp_path / 'net.py').write_text(
+        'from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n')
+    model = f'{tmp_path}/net.py:make'
+    net = checkpoint.from_file(model, 10)
+    checkpoint.save_checkpoint(tmp_path / 'best.pt', net, dataset='synthetic', eps=8.0, norm='Linf', epoch=1)
+    monkeypatch.setattr(temperature, 'trained', lambda place, job: str(tmp_path))
+    args = SimpleNamespace(out=str(tmp_path / 't.json'), audited=5)
+    search = temperature.Search(args, f'--dataset synthetic --model {model}', plans.Place('', '', 'data'))
+    search.point(5.0)
+    assert search.points[5.0]['n'] == 64
 
 def test_what_does_not_go_together(capsys):
     for argv, message in ((['--grid', '0.5'], 'at least 1'),

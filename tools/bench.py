@@ -29,7 +29,7 @@ import torch
 import models
 from losses import METHODS, asked_for, hparams
 from support import describe, refusals, speed
-from support.files import atomic, cannot_write
+from support.files import atomic, cannot_write, check_writable
 from support.refusals import refuse
 from tools import scaling, steps
 from tools.steps import Setting, Tricks
@@ -93,11 +93,10 @@ def write(report):
         with atomic(args.json) as tmp, open(tmp, 'w') as f:
             json.dump(report, f, indent=1)
 
-try:
-    write({})                                       # proves now that it can be written
-except OSError as e:
-    refuse(f'--json: {cannot_write(args.json, e)}')
+if args.json:
+    check_writable(args.json)
 if args.scaling:
+    scaling.check(args, parser.get_default)
     scaling.measure(args)
     sys.exit()
 
@@ -268,7 +267,10 @@ try:
             print(f'{name:<28} round {k + 1} of {ROUNDS}: {rates[name][-1]:10.1f} images/s', flush=True)
             write(report())
 except KeyboardInterrupt:
-    sys.exit(f'\nstopped; {args.json or "nothing"} holds the rows above')
+    measured = args.json and any(rates.values())
+    sys.exit(f'\nstopped; {args.json} holds the rows above' if measured else '\nstopped')
+except OSError as e:
+    sys.exit(f'{cannot_write(args.json, e)}. Stopped')
 
 found = report()
 print(f'{"":<28}{"images/s":>10}{"ratio":>8}{"MFLOP/image":>13}{"GFLOP/s":>10}{"of peak":>9}')

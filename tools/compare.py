@@ -172,8 +172,8 @@ def common_rows(paths, reports):
         reading.refuse_different(key, paths, [e.get(key) for e in evaluated])
     if not all('images' in e for e in evaluated):           # their digest; without it, how many and which
         reading.refuse_different('images', paths, [report['images'] for report in reports])
-    attacks = [(set(report['args'].get('attacks') or ()) - {'clean'}, report['args'].get('transfer_from'))
-               for report in reports]
+    attacks = [(set(report['args'].get('attacks') or ()) - {'clean'}, report['args'].get('transfer_from'),
+                report['args'].get('verify')) for report in reports]
     if any(a != attacks[0] for a in attacks):       # of other attacks "all of the above" is another number
         rows = [row for row in rows if not row.startswith('all ')]
     lengths = set()

@@ -139,6 +139,7 @@ def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=
 
         # against eps: the report's own sweep, if it has one
         curves = {label: reading.swept(report) for label, report in reports.items()}
+        of = {label: reports[label]['images'] for label, points in curves.items() if points}
         for label, net in nets.items():
             report = reports[label]
             net.to(device)
@@ -149,12 +150,13 @@ def draw(paths, checkpoints=None, out=None, *, data_dir=None, n=None, per_class=
                     radii = [eps * k / 8 for k in (0, 1, 2, 3, 4, 6, 8, 10, 12, 16)]
                     some = slice(1000)
                     curves[label] = eps_curve(net, x[some], y[some], radii, norm)
-                    which = f'{len(y[some])} test images'
+                    of[label] = f'{len(y[some])} test images'
                 drawn = of_network(net, report, x, y, names, per_class, label)
             for name, figure in drawn.items():
                 keep(name, figure, label)
         curves = {label: points for label, points in curves.items() if points}
         if curves:
+            which = ' and '.join(dict.fromkeys(of.values()))
             keep('eps', drawing.against_eps(curves, eps, f'{alone}{dataset}, {norm}, PGD; {which}'))
     return figures
 

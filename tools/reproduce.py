@@ -180,6 +180,8 @@ def dry_run(plan, work, timed):
 def planned(args, refuse):
     """The Plan of these flags, the names of all rows, and the (row, seed) to do."""
     table = TABLES[args.table]
+    if args.n and args.n > 10_000:
+        refuse(f'--n {args.n}: CIFAR has 10,000 test images')
     datasets = list(dict.fromkeys(dataset for row in table.rows.values() for dataset in row.paper))
     dataset, tags = args.dataset or datasets[0], [args.table]
     if dataset not in datasets:

@@ -12,11 +12,32 @@ import tempfile
 
 import torch
 
+from losses import METHODS, hparams
 from support.describe import environment
-from support.files import atomic
+from support.files import atomic, cannot_write
+from support.refusals import refuse
 
 EPOCHS, IMAGES = 4, 576                         # synthetic's, those held out aside
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+def check(args, default):
+    """Refuses what train_adv.py would refuse halfway through, and what is not measured. default(name): of a
+    flag."""
+    if args.loss not in (default('loss'), 'trades'):
+        refuse(f'--scaling measures --loss trades, not {args.loss}')
+    for flag in ('activation', 'normalize', 'seconds', 'tricks', 'add', 'authors', 'profile',
+                 *hparams(METHODS[args.loss].loss)):
+        if getattr(args, flag) != default(flag):
+            refuse(f'--scaling measures --loss trades as it is: drop --{flag}')
+    for flag in ('widths', 'attack_steps', 'processes'):
+        if min(getattr(args, flag)) < 1:
+            refuse(f'--{flag.replace("_", "-")} {min(getattr(args, flag))}: at least 1')
+    for size in (args.batch_size, *args.batch_sizes):
+        if not 2 <= size <= IMAGES:
+            refuse(f'a batch of {size}: of the {IMAGES} images that --scaling trains on, 2 at least')
+    for processes in args.processes:
+        if args.batch_size % processes:
+            refuse(f'--processes {processes}: --batch-size {args.batch_size} is no multiple of it')
 
 def run_of(point, args, folder):
     """Images per second of every epoch but the first, in which it compiles. Ends the script if it fails."""
@@ -50,17 +71,22 @@ def measure(args):
     base = dict(batch_size=args.batch_size, width=args.width or 8, steps=args.steps, processes=1)
     grid = dict(batch_size=args.batch_sizes, width=args.widths, steps=args.attack_steps,
                 processes=args.processes)
-    rows = []
-    for point in points(base, grid):
-        with tempfile.TemporaryDirectory() as folder:
-            rates = run_of(point, args, f'{folder}/run')
-        rows.append(dict(point=point, images_per_s=statistics.median(rates), epochs=rates))
-        shown = '  '.join(f'{k} {v:>4}' for k, v in point.items())
-        print(f'{shown}{rows[-1]["images_per_s"]:10.1f} images/s', flush=True)
-        if args.json:
-            device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-            with atomic(args.json) as tmp, open(tmp, 'w') as f:
-                json.dump(dict(environment(device), threads=args.threads, base=base, rows=rows), f, indent=1)
+    rows, device = [], torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        for point in points(base, grid):
+            with tempfile.TemporaryDirectory() as folder:
+                rates = run_of(point, args, f'{folder}/run')
+            rows.append(dict(point=point, images_per_s=statistics.median(rates), epochs=rates))
+            shown = '  '.join(f'{k} {v:>4}' for k, v in point.items())
+            print(f'{shown}{rows[-1]["images_per_s"]:10.1f} images/s', flush=True)
+            if args.json:
+                found = dict(environment(device), threads=args.threads, base=base, rows=rows)
+                with atomic(args.json) as tmp, open(tmp, 'w') as f:
+                    json.dump(found, f, indent=1)
+    except KeyboardInterrupt:
+        sys.exit(f'\nstopped; {args.json} holds the rows above' if args.json and rows else '\nstopped')
+    except OSError as e:
+        sys.exit(f'{cannot_write(e.filename or args.json, e)}. Stopped')
     if args.json:
         draw(rows, base, list(grid), os.path.splitext(args.json)[0])
 

@@ -135,10 +135,23 @@ class Search:
         self.step1, self.points, self.dataset = {}, {}, None
         self.judged = {}
         if os.path.exists(args.out):
-            with open(args.out) as f:
+            self.judged = self.begun()
+        files.check_writable(args.out)
+
+    def begun(self):
+        """The points in --out. Raises Refused for anything but a search with these flags."""
+        try:
+            with open(self.args.out) as f:
                 before = json.load(f)
-            if before.get('flags') == flags:
-                self.judged = before.get('points', {})
+            flags, points = before['flags'], before['points']
+        except OSError as e:
+            raise Refused(f'cannot read {self.args.out}: {e.strerror}') from e
+        except (ValueError, TypeError, KeyError) as e:
+            raise Refused(f'{self.args.out} is there already, and no search: choose another --out') from e
+        if flags != self.flags:
+            raise Refused(f'{self.args.out} holds a search with other flags ({flags or "none"}): '
+                          'choose another --out')
+        return points
 
     def accuracy(self, tau):
         """Step 1: clean accuracy, in percent, on the hold-out after the last epoch."""
@@ -166,11 +179,12 @@ class Search:
         """Step 2: trains and judges one temperature."""
         job = job_of(self.flags, tau, clean_only=False)
         best = f'{trained(self.place, job)}/best.pt'
-        net, meta = checkpoint.load_checkpoint(best)
+        args = head(job.command)['args']
+        net, meta = checkpoint.load_checkpoint(best, args.model)
         known = self.judged.get(f'{tau:g}')
         asked = dict(fingerprint=checkpoint.fingerprint(net), audited=self.args.audited)
         if not known or any(known.get(k) != v for k, v in asked.items()):
-            x, y = self.hold_out(head(job.command)['args'])
+            x, y = self.hold_out(args)
             known = judge(net.to(x.device), x, y, meta['eps'] / 255, meta['norm'], self.args.audited)
             known.update(asked, epoch=meta['epoch'], checkpoint=f'{job.product}/best.pt')
         self.points[tau] = known
@@ -240,7 +254,11 @@ def main(argv=None):
             for tau in sorted(args.grid, reverse=clean_only):
                 say(shown(place, job_of(flags, tau, clean_only)))
         sys.exit()
-    Search(args, flags, place).run()
+    search = Search(args, flags, place)
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        sys.exit('\nstopped; the same command continues')
 
 if __name__ == '__main__':
     main()
