@@ -3,12 +3,12 @@ Several processes, one per GPU: torchrun --nproc-per-node 2 train_adv.py ... Eac
 batch. Gradients are averaged by hand and not by DistributedDataParallel: a step has two or three forwards,
 AWP takes one more gradient, and the 45 MB of a ResNet-18 take a millisecond.
 """
-import atexit
 import os
 import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_reduce
 
 from support.files import Refused
 
@@ -24,16 +24,9 @@ def init():
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
-        if device.type == 'cpu':            # NCCL might wait here for a process that is gone
-            atexit.register(leave)
     if rank > 0:
         sys.stdout = open(os.devnull, 'w')
     return rank, world, device
-
-def leave():
-    """Without it gloo's threads abort the process now and then as it ends."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -85,27 +78,14 @@ def broadcast(*networks):
             dist.broadcast(value, 0)
             tensor.copy_(value)
 
-class Summed(torch.autograd.Function):
-    """The sum over all processes; so is the gradient."""
-    @staticmethod
-    def forward(ctx, x):
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-    @staticmethod
-    def backward(ctx, grad):
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total
-
 class SyncBatchNorm2d(torch.nn.BatchNorm2d):
     """BN that normalises, in training, with mean and variance of all processes. (torch's own wants a GPU.)"""
     def forward(self, x):
         if not self.training or world_size() == 1:
             return super().forward(x)
         f = x.float()                                   # also under autocast, as torch's
-        mean = Summed.apply(f.mean((0, 2, 3))) / world_size()
-        var = Summed.apply((f - mean[:, None, None]).square().mean((0, 2, 3))) / world_size()
+        mean = all_reduce(f.mean((0, 2, 3))) / world_size()
+        var = all_reduce((f - mean[:, None, None]).square().mean((0, 2, 3))) / world_size()
         if self.track_running_stats:
             n = x.numel() / x.shape[1] * world_size()
             with torch.no_grad():
