@@ -272,6 +272,7 @@ class Run:
         if '.py:' in self.config['model']:          # code of one's own is run where it is asked for
             command += ['--model', self.config['model']]
         say(f'done in {self.seconds() / 60:.1f} min. Next: {shlex.join(command)}')
+        ddp.end()
 
     # --- what ends it early
 
