@@ -257,16 +257,17 @@ def batches(x, y, batch_size, augment='none', generator=None, *, first=0, share=
         if k >= first:
             yield to_float(images[share]), y[i[share]]
 
-def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None, n_extra=0, label=None):
+def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None, fraction=0.5, label=None):
     """
-    Yield x, y of one training epoch. With extra (see open_images), the last n_extra images of every batch
-    are drawn from it; label(x) -> (n,) says what stands for their labels, which is -1 without it. As many
+    Yield x, y of one training epoch. With extra (see open_images), a fraction of every batch is drawn from
+    it, the last images; label(x) -> (n,) says what stands for their labels, which is -1 without it. As many
     steps as without them, so that an epoch costs the same. What is drawn depends on (seed, epoch) alone:
     neither on the number of processes nor on where the training was stopped. first: batches to pass over;
     share: of each batch, what this process takes.
     """
     device = d.y_train.device
     generator = torch.Generator(device).manual_seed((seed + 1_000_003 * epoch) % 2 ** 63)
+    n_extra = 0 if extra is None else round(fraction * batch_size)
     labelled = batches(d.x_train, d.y_train, batch_size - n_extra, d.augment, generator, first=first,
                        share=share)
     if extra is None:

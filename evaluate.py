@@ -301,7 +301,7 @@ if saved.mine(0):
     shards.reserve(args.save_adv, 'save-adv')
     shards.reserve(args.out, 'out')
 
-training = dict(run, **meta)         # what is known of it
+training = dict(run, **meta)            # what is known of the network's
 results, recount, flags = {}, {}, {}
 aa_warnings, audited = [], []
 with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(model, args.branch):

@@ -126,6 +126,7 @@ hp = {name: getattr(args, name) for name in hp}
 # -----------------------------------------------------------------------------
 # device, data, models. Wrong input is refused here, before any work
 rank, world, device = ddp.init()
+my_share = slice(rank, None, world)             # of every batch
 loss_inputs, inner_inputs = needs(method.loss), needs(method.inner)
 wanted = asked_for(method)
 pseudo_labels = bool(args.extra) and 'y' in wanted              # the teacher labels the extra images
@@ -141,7 +142,6 @@ dtype = speed.precision(args.amp, device)      # None: fp32, and then without TF
 d = data.load(args.dataset, args.data_dir, subset=args.subset, subset_seed=args.subset_seed,
               augment=args.augment, device=device)
 extra = data.open_images(args.extra, d.x_train.shape[1:]) if args.extra else None
-n_extra = round(args.extra_fraction * args.batch_size) if args.extra else 0
 notes = [*refusals.images(args, d.x_train, world), data.missing_classes(d, args.subset)]
 refusals.radius(args.norm, [args.eps], d.x_train)
 if args.normalize:
@@ -337,8 +337,8 @@ def pseudo_label(x):
 
 def training_batches():
     """x, y of the rest of this epoch, this process's share of each batch."""
-    return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=slice(rank, None, world),
-                      extra=extra, n_extra=n_extra, label=pseudo_label if pseudo_labels else None)
+    return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=my_share, extra=extra,
+                      fraction=args.extra_fraction, label=pseudo_label if pseudo_labels else None)
 
 config = dict(vars(args), hparams=hp, teachers=teachers, pseudo_labels=pseudo_labels, processes=world,
               precision=str(dtype or torch.float32), code=checkpoint.code_of(student, guide),
@@ -372,17 +372,16 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         losses = torch.stack(step_losses)
         img_per_s = images / (time.perf_counter() - t0)
 
+        if args.swa and epoch > args.swa * args.epochs:
+            averages += 1
+            move_average(1 / averages)
+            update_bn(data.epoch(d, args.batch_size, args.seed, epoch, share=my_share), averaged)
         # losses and BN statistics: means over the processes
         ddp.average([losses, class_sum, *ddp.buffers(student, guide, averaged)])
         if 'class_p' in loss_inputs:
             seen = class_sum.sum(1, keepdim=True)
             class_p = torch.where(seen > 0, class_sum / seen, class_p)
             class_sum.zero_()
-        if args.swa and epoch > args.swa * args.epochs:
-            averages += 1
-            move_average(1 / averages)
-            share = slice(rank, None, world) if args.sync_bn else slice(None)
-            update_bn(data.epoch(d, args.batch_size, args.seed, epoch, share=share), averaged)
         model = averaged if args.ema or averages else student                   # what is judged and kept
         clean, robust, val_loss = validate(model)
         runs.check_finite(losses, val_loss, epoch)

@@ -96,17 +96,18 @@ def load_checkpoint(path, name=None, num_classes=None, *, flag='--model', **opti
     except (TypeError, ValueError) as e:            # of a config that is not of this version, or damaged
         raise Refused(f'{path}: {config["name"]}: {e}'.splitlines()[0]) from e
     expected = net.state_dict()
-    first, prefix = next(iter(weights)), state_dicts.part_that_fits(weights, expected)
-    weights, done = state_dicts.fitted(weights, expected)
+    as_found = weights
+    weights, done = state_dicts.fitted(as_found, expected)
     wrong = state_dicts.differences(weights, expected)
-    if wrong and prefix:
-        rest = next((k for k in weights if not k.startswith(prefix)), 'other layers in it')
-        raise Refused(f'{path}: {config["name"]} is what begins with {prefix}, and there is more, such as '
-                      f'{rest}: save that part alone, without {prefix}')
     if wrong:
+        prefix = state_dicts.part_that_fits(as_found, expected)
+        if prefix:
+            rest = next((k for k in as_found if not str(k).startswith(prefix)), 'other layers in it')
+            raise Refused(f'{path}: {config["name"]} is what begins with {prefix}, and there is more, '
+                          f'such as {rest}: save that part alone, without {prefix}')
         there = ''
         if wrong[0].startswith('no '):
-            there = f' (found there: {first})'
+            there = f' (found there: {next(iter(as_found))})'
         raise Refused(f'{path} does not fit {config["name"]} with {config["num_classes"]} classes: '
                       f'{len(wrong)} entries differ, the first: {wrong[0]}{there}')
     net.load_state_dict(weights)

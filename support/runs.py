@@ -99,6 +99,7 @@ class Run:
         somewhere, finished = ddp.any_rank(here, self.rank == 0 and not here and self._is_finished())
         if finished:
             say(f'{self.folder} is finished: nothing to resume')
+            ddp.end()
             sys.exit()
         saved = None
         if somewhere:
@@ -248,6 +249,7 @@ class Run:
         minutes = (steps * step + validations * validation) / 60
         say(f'{steps} steps of {step:.2f} s, and validation: about {minutes:.0f} minutes '
             f'({minutes / 60:.1f} hours). Nothing was written')
+        ddp.end()
         sys.exit()
 
     # --- the models

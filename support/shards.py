@@ -232,15 +232,14 @@ class Saved:
         atexit.unregister(self.leave)
         for file in self.locks:
             file.close()
-        report, whole = self.folder.removesuffix('.state'), False
+        report, content = self.folder.removesuffix('.state'), UNFINISHED
         with contextlib.suppress(OSError), open(f'{self.folder}/.lock', 'r+') as last:
             if not files.lock(last):
                 return
             if os.path.isfile(report):
                 with open(report) as f:
-                    whole = UNFINISHED not in f.read()
-            begun = glob.glob(f'{glob.escape(self.folder)}/*.pt')
-            if whole or not begun:
+                    content = f.read()
+            if UNFINISHED not in content or not glob.glob(f'{glob.escape(self.folder)}/*.pt'):
                 shutil.rmtree(self.folder)
-            if os.path.isfile(report) and os.path.getsize(report) == len(RESERVED):
+            if content == RESERVED:
                 os.remove(report)
