@@ -110,7 +110,7 @@ args.out = args.out or evaluation.report_path(args, model.build_args['dual_bn'])
 if args.save_adv and os.path.realpath(args.save_adv) == os.path.realpath(args.out):
     refusals.refuse(f'--save-adv {args.save_adv}: the report goes there, name another file')
 shards.unfinished(args.out, 'out')
-shards.unfinished(args.save_adv, 'save-adv')
+shards.unfinished(args.save_adv, 'save-adv', args.out)
 
 # the network that the attacks search on; with --compile and --fast it is not the eager one
 net, half, search = evaluation.searched(args, model, device)
@@ -298,7 +298,7 @@ if args.dry_run:
 
 saved = shards.Saved(f'{args.out}.state', evaluated, shard)
 if saved.mine(0):
-    shards.reserve(args.save_adv, 'save-adv')
+    shards.reserve(args.save_adv, 'save-adv', args.out)
     shards.reserve(args.out, 'out')
 
 training = dict(run, **meta)            # what is known of the network's
@@ -351,7 +351,8 @@ with shards.guarded(args.out, args.batch_size), attack_mode(model), bn_branch(mo
     save(complete=True)
 
 saved.leave()
-files.say(args.out)
+if saved.mine(0):
+    files.say(args.out)
 if args.figures and saved.mine(0):
     try:
         from tools import figures                       # matplotlib, where it is asked for

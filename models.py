@@ -217,7 +217,8 @@ class Activation(nn.Module):
 
 def of_torchvision(name, num_classes, normalize):
     """torchvision's ResNet for 224x224, its keys unchanged; what standardises the images goes before it."""
-    import torchvision
+    with torch.device('cpu'):           # up to torch 2.7 its import fails where tensors are made on 'meta'
+        import torchvision
     try:
         net = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
     except ValueError as e:

@@ -371,6 +371,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
             run.save_if_due(state)
         losses = torch.stack(step_losses)
         img_per_s = images / (time.perf_counter() - t0)
+        run.save_state(state)           # the validation may take longer than a signal waits
 
         if args.swa and epoch > args.swa * args.epochs:
             averages += 1
@@ -384,7 +385,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
             class_sum.zero_()
         model = averaged if args.ema or averages else student                   # what is judged and kept
         clean, robust, val_loss = validate(model)
-        runs.check_finite(losses, val_loss, epoch)
+        runs.check_finite(val_loss, epoch)
         score, rule = (robust, 'PGD-20') if method.inner else (clean, 'clean accuracy')
         rule += f' on {len(d.y_val)} held-out training images'      # the test set takes no part
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
@@ -395,6 +396,4 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
             run.save_model('best.pt', model, selected_by=rule, **known)
         run.save_model('last.pt', model, selected_by='last epoch', **known)
         epoch, batch, step_losses = epoch + 1, 0, []
-        if epoch <= args.epochs:
-            run.save_state(state)
     run.finish(best, score, rule)

@@ -167,11 +167,12 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
             run.save_if_due(state)
         losses = torch.stack(step_losses)
         img_per_s = images / (time.perf_counter() - t0)
+        run.save_state(state)           # the validation may take longer than a signal waits
 
         # of several processes: one mean loss, one set of BN statistics
         ddp.average([losses, *model.buffers()])
         clean, val_loss = validate(model)
-        runs.check_finite(losses, val_loss, epoch)
+        runs.check_finite(val_loss, epoch)
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
                 img_per_s=img_per_s, peak_gib=describe.peak_gib(device))
         known = dict(epoch=epoch, val_clean=clean)
@@ -181,6 +182,4 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
             run.save_model('best.pt', model, selected_by=rule, **known)
         run.save_model('last.pt', model, selected_by='last epoch', **known)
         epoch, batch, step_losses = epoch + 1, 0, []
-        if epoch <= args.epochs:
-            run.save_state(state)
     run.finish(best, clean, rule)

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import sys
-import time
 
 import data
 import models
@@ -262,14 +261,10 @@ def standard_teacher(args):
     if args.normalize:
         flags.append('--normalize')
     folder = describe.teacher_folder(args, {}.get, only=('normalize', 'subset_seed', 'augment'))
-    path, waiting = f'{folder}/best.pt', False
+    path = f'{folder}/best.pt'
     while True:
-        if files.is_locked(f'{folder}/.lock'):
-            if not waiting:
-                say(f'no teacher given: waiting for the one that another run trains in {folder}')
-            waiting = True
-            time.sleep(2)
-            continue
+        files.wait_for(f'{folder}/.lock',
+                       f'no teacher given: waiting for the one that another run trains in {folder}')
         last = read(f'{folder}/last.pt') if os.path.exists(f'{folder}/last.pt') else None
         if last and last['epoch'] == last['run']['epochs']:
             say(f'no teacher given: taking {path}, trained earlier')

@@ -23,7 +23,9 @@ def init():
         device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
+        hook = sys.excepthook       # torch's own, set here, holds back what a hook prints before it exits
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        sys.excepthook = hook
     if rank > 0:
         sys.stdout = open(os.devnull, 'w')
     return rank, world, device

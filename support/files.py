@@ -3,9 +3,11 @@ Files that are whole or absent, and the one exception for what a user can put ri
 """
 import contextlib
 import errno
+import math
 import os
 import secrets
 import sys
+import time
 
 import torch
 
@@ -75,6 +77,14 @@ def is_locked(path):
         return False
     with open(path) as f:               # a shared lock asks for no right to write; closing it lets go again
         return not lock(f, shared=True)
+
+def wait_for(path, what, seconds=math.inf):
+    """Until no other process holds this lock, or for so many seconds. what: a line for the screen."""
+    begun = time.monotonic()
+    if is_locked(path):
+        say(what)
+    while is_locked(path) and time.monotonic() - begun < seconds:
+        time.sleep(1)
 
 # -----------------------------------------------------------------------------
 # what goes wrong

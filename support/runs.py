@@ -8,9 +8,9 @@ signals, full disks and closed terminals.
         for x, y in run.progress(batches, 'epoch 1', total):
             ...
             run.save_if_due(state)
+        run.save_state(state)                       # before a validation that may take long
         run.row(epoch=1, lr=0.1, ...)
         run.save_model('last.pt', net, epoch=1, ...)
-        run.save_state(state)
         run.finish()
 """
 import atexit
@@ -55,10 +55,21 @@ class Run:
         self.rows, self.seconds_before, self.begun = [], 0.0, time.perf_counter()
         self.saved_at = self.row_at = self.begun
         self.at = self.at_next = 'before the first epoch'
-        if self.rank == 0 and not args.dry_run:
-            self._open()
+        self._open()
 
     def _open(self):
+        """Rank 0's work; what it refuses, all refuse."""
+        refused = None
+        if self.rank == 0 and not self.args.dry_run:
+            try:
+                self._take_folder()
+            except Refused as e:
+                refused = str(e)
+        refused = ddp.gather(refused)[0]
+        if refused:
+            raise Refused(refused)
+
+    def _take_folder(self):
         if not os.path.exists(self.folder):
             atexit.register(self._remove_if_empty)
         try:
@@ -164,11 +175,15 @@ class Run:
                   for k, v in state.items() if k not in shared and v is not None}
         if values['step_losses']:               # one wait for a GPU, not one per step
             values['step_losses'] = torch.stack(values['step_losses']).tolist()
-        sound = all(bool(p.isfinite().all()) for module in modules.values() for p in module.parameters())
-        sound = sound and all(math.isfinite(v) for v in values['step_losses'])
-        broken, = ddp.any_rank(not sound)
+        where = None
+        if not all(p.isfinite().all() for module in modules.values() for p in module.parameters()):
+            where = f'non-finite weights {self.at}'
+        for step, loss in reversed(list(enumerate(values['step_losses'], 1))):
+            if not math.isfinite(loss):
+                where = f'non-finite loss in epoch {values["epoch"]}, step {step}'
+        broken, = ddp.any_rank(where is not None)
         if broken:                              # the state before this one is still good
-            raise FloatingPointError(f'non-finite loss or weights {self.at}')
+            raise FloatingPointError(where or 'non-finite loss or weights in another process')
         mine = dict(values=values, noise=torch.get_rng_state(),
                     cuda_noise=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
                     # without --sync-bn each process has BN statistics of its own until the end of the epoch
@@ -308,7 +323,7 @@ class Run:
             sys.exit(f'{e}. Stopped.{kept} Begin anew, with a lower --lr or --amp off, and another --out')
         except OSError as e:
             unwritten = e.strerror and e.errno not in (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE)
-            what = files.cannot_write(self.folder, e) if unwritten else str(e)
+            what = files.cannot_write(e.filename or self.folder, e) if unwritten else str(e)
             sys.exit(f'{what}. Stopped {self.at}; {self._intact()}')
         except RuntimeError as e:
             if 'DataLoader worker' in str(e):
@@ -341,10 +356,7 @@ class Run:
         argv = sys.argv if self.args.resume else [*sys.argv, '--resume']
         return f'{launcher} {shlex.join(argv)}'
 
-def check_finite(losses, val_loss, epoch):
-    """losses: of the steps of the epoch (n,). Raises FloatingPointError that names the first bad one."""
-    bad = (~losses.isfinite()).nonzero()
-    # a last update that broke the weights shows in val_loss only
-    if len(bad) or not math.isfinite(val_loss):
-        step = int(bad[0]) + 1 if len(bad) else len(losses)
-        raise FloatingPointError(f'non-finite loss in epoch {epoch}, step {step}')
+def check_finite(val_loss, epoch):
+    """Raises FloatingPointError: weights that are finite may come with BN statistics that are not."""
+    if not math.isfinite(val_loss):
+        raise FloatingPointError(f'non-finite loss on the held-out images after epoch {epoch}')

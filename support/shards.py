@@ -80,8 +80,17 @@ def guarded(report, batch_size):
         sys.exit(f'out of memory with --batch-size {batch_size}: try {max(1, batch_size // 2)}, '
                  'with another --out')
 
-def unfinished(path, flag):
-    """Raises Refused if path is there and not the beginning of a report, which the next one may replace."""
+def is_of(path, report):
+    """Has the evaluation whose batches still lie beside the report, unfinished, saved its x_adv to path?"""
+    try:
+        with open(f'{report}.state/fingerprint.json') as f:
+            return json.load(f) == checkpoint.read(path)['evaluated']
+    except (OSError, ValueError, TypeError, KeyError, Refused):
+        return False
+
+def unfinished(path, flag, report=None):
+    """Raises Refused if path is there and neither the beginning of a report, which the next one may replace,
+    nor x_adv of the evaluation that report is the beginning of."""
     if not path or not os.path.exists(path):
         return
     try:
@@ -97,12 +106,14 @@ def unfinished(path, flag):
         if os.path.isdir(f'{path}.state') and content[:1] in (b'', b'{', b'\0'):
             say(f'note: {path} is torn, and is written again from {path}.state')
             return
+    if report and is_of(path, report):
+        return
     refuse(f'{path} is there already: choose another --{flag}, or delete it')
 
-def reserve(path, flag):
+def reserve(path, flag, report=None):
     """Hours of AutoAttack end in this file: it has to be writable. What a killed evaluation left beside it
     goes."""
-    unfinished(path, flag)                          # another evaluation may have ended while this one started
+    unfinished(path, flag, report)                  # another evaluation may have ended while this one started
     if not path:
         return
     folder, name = os.path.split(path)

@@ -9,8 +9,8 @@ $ python tests/fingerprints.py --compare before.json    # status 1 if a digest d
 A digest is exact, and holds for one version of PyTorch and one instruction set: AVX2 here, also on a
 processor that has more. (With AVX-512 it rounds otherwise, and where a gradient is next to zero a pixel goes
 the other way.) `figures` are projections of the weights and of the statistics on fixed random directions,
-relative to their size: they hold, to a tolerance, for another version too, and tests/test_fingerprints.py
-compares them with the stored ones. On one thread, in fp32, on `synthetic`.
+relative to their size: they hold, to a tolerance, also for a version that rounds a little otherwise, and
+tests/test_fingerprints.py compares them with the stored ones. On one thread, in fp32, on `synthetic`.
 """
 import argparse
 import contextlib

@@ -3,8 +3,11 @@ tools/bench.py as a user runs it; what it times computes the same as the plain i
 train_adv.py.
 """
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -157,6 +160,15 @@ def test_scaling_varies_one_thing_at_a_time_and_starts_trainings(tmp_path, monke
     report = json.loads((tmp_path / 's.json').read_text())
     assert [row['point'] for row in report['rows']] == [dict(base, batch_size=32, steps=1)]
     assert len(report['rows'][0]['epochs']) == scaling.EPOCHS - 1 and (tmp_path / 's.png').exists()
+
+def test_a_signal_ends_the_training_that_scaling_has_started(tmp_path, monkeypatch):
+    def signalled(command, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+    monkeypatch.setattr(scaling.subprocess, 'run', signalled)
+    with pytest.raises(SystemExit, match='stopped'):
+        run('tools/bench.py', '--scaling', '--json', tmp_path / 's.json')
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize('flags, message', [
     ('--loss hat', 'also needs logits_helper t_logits_adv'), ('--loss standard', 'attacks nothing'),

@@ -162,6 +162,26 @@ def test_a_folder_that_is_deleted_meanwhile(which, model, expected, half, monkey
     assert f'{half}.state was deleted while this evaluation worked in it: start it again' in said
     goes_on(model, half, expected)
 
+def test_what_save_adv_wrote_before_the_end_is_written_again(model, expected, tmp_path, monkeypatch, capsys):
+    """The disk was full when the report came; another evaluation's images stay."""
+    out, adv = tmp_path / 'e.json', tmp_path / 'adv.pt'
+    write = summary.write
+    def full(path, report):
+        if report['complete']:
+            raise OSError(28, 'No space left on device', path)
+        write(path, report)
+    argv = [*command(model, out), '--save-adv', adv]
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, 'write', full)
+        assert 'the same command continues' in ends(1, capsys, *argv)
+    other = tmp_path / 'other.pt'
+    saved = torch.load(adv, weights_only=True)
+    torch.save(dict(saved, evaluated=dict(saved['evaluated'], eps=8.0)), other)
+    assert 'is there already' in ends(2, capsys, *argv[:-1], other)
+    run('evaluate.py', *argv)
+    assert report(out)[0] == expected[0]
+    assert torch.equal(torch.load(adv, weights_only=True)['x_adv'], saved['x_adv'])
+
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='no device that is full')
 @pytest.mark.parametrize('where, status', [(files, 1), (summary, 1), (shards, 2)])
 def test_a_full_disk(where, status, model, expected, half, monkeypatch, capsys):

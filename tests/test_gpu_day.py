@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import models
-from support import checkpoint, runs
+from support import checkpoint, files, runs
 from support.files import Refused
 from test_smoke import HERE
 from tools import gpu_day
@@ -51,6 +51,22 @@ def test_weights_come_back_in_pieces_and_are_joined(tmp_path, monkeypatch):
     assert meta['epoch'] == 3
     for k, v in net.state_dict().items():
         assert torch.allclose(joined.state_dict()[k], v, rtol=1e-3, atol=1e-6)
+
+    # killed while the weights of a later epoch are split: the pieces are no mixture
+    checkpoint.save_checkpoint(tmp_path / 'best.pt', net, epoch=4)
+    save, left = files.save, [1]
+    def killed(path, content):
+        if not left.pop():
+            raise KeyboardInterrupt
+        left.append(0)
+        save(path, content)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(gpu_day.files, 'save', killed)
+        gpu_day.split(tmp_path / 'best.pt', tmp_path / 'back')
+    assert checkpoint.read(tmp_path / 'back-1.pt')['epoch'] == 3            # so that they are split again
+    with pytest.raises(Refused, match='of epoch 4, .*back-1.pt of 3'):
+        gpu_day.join(tmp_path / 'back')
+
     torch.save(meta, tmp_path / 'whole-1.pt')
     with pytest.raises(Refused, match='whole-1.pt is no piece'):
         gpu_day.join(tmp_path / 'whole')
@@ -163,6 +179,26 @@ def test_where_nothing_can_be_compiled_the_rest_is_trained_without(tmp_path, mon
     assert set(record['done']) == {'teacher', 'trades'} and set(record['failed']) == {'rate-compile'}
     assert capsys.readouterr().out.count('again without --compile') == 1
 
+def test_what_was_refused_is_not_for_want_of_a_compiler(tmp_path, monkeypatch):
+    refused = f'-c "{WRITE}; sys.exit(2)" {{dir}}/runs/a/log --compile'
+    monkeypatch.setattr(gpu_day, 'steps_of', lambda args: [Step('a', refused, 'runs/a/last.pt', 1)])
+    args = argparse.Namespace(out=str(tmp_path), data_dir='data', minutes=9, now=None, rehearse=True)
+    assert not gpu_day.day(args) and (tmp_path / 'runs/a/log').read_text() == 'x'
+    record = json.loads((tmp_path / 'day.json').read_text())
+    assert record['failed'] == {'a': 'ended with status 2'} and not record['eager']
+
+def test_a_training_that_outlived_its_call_is_waited_for(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'runs/a').mkdir(parents=True)
+    holds = f"import sys, time; sys.path.insert(0, {str(HERE)!r}); from support import files; " \
+            "f = open(sys.argv[1], 'w'); files.lock(f); print(flush=True); time.sleep(3)"
+    orphan = subprocess.Popen([sys.executable, '-c', holds, tmp_path / 'runs/a/.lock'], stdout=subprocess.PIPE)
+    orphan.stdout.readline()
+    monkeypatch.setattr(gpu_day, 'steps_of', lambda args: [
+        Step('a', f'-c "{WRITE}" {{dir}}/runs/a/last.pt', 'runs/a/last.pt', 1)])
+    args = argparse.Namespace(out=str(tmp_path), data_dir='data', minutes=9, now=None, rehearse=True)
+    assert gpu_day.day(args) and orphan.poll() is not None
+    assert 'waiting for the training' in capsys.readouterr().out
+
 def test_in_the_background_of_a_script_a_step_that_is_cut_saves_all_the_same(tmp_path):
     """There a shell has SIGINT ignored, by children of children, too."""
     script = f"""
@@ -185,8 +221,11 @@ def test_sigterm_stops_the_step_at_work(tmp_path):
         assert day.poll() is None
         time.sleep(0.05)
     time.sleep(0.5)
+    second = subprocess.run(day.args, cwd=HERE, capture_output=True, text=True)
+    assert second.returncode == 2 and 'another gpu_day is at work' in second.stderr
     day.terminate()
     assert 'the same command continues' in day.communicate(timeout=60)[1]
+    assert json.loads((tmp_path / 'day.json').read_text())['seconds'] > 0.5         # its minutes count
     assert not [name for name in os.listdir('/proc') if name.isdigit() and at_work(name, str(tmp_path))]
 
 def at_work(pid, folder):

@@ -59,6 +59,15 @@ def test_two_processes_stop_together_and_continue(tmp_path):
     again = subprocess.run([*command, '--resume'], capture_output=True, text=True)
     assert again.returncode == 0 and 'nothing to resume' in again.stdout
 
+def test_what_two_processes_refuse_is_read(tmp_path):
+    """By both, and by one alone: torch's own excepthook would hold the line back."""
+    (tmp_path / 'last.pt').write_bytes(b'a model')
+    for flags, line in ((['--batch-size', '31'], '--batch-size 31 in 2 processes'),
+                        ([], 'holds a trained model already')):
+        done = subprocess.run([*TORCHRUN, *ADV[1:], str(tmp_path), '--loss', 'pgd_at', *flags],
+                              capture_output=True, text=True)
+        assert done.returncode and 'train_adv.py: error: ' in done.stderr and line in done.stderr
+
 def test_common_statistics_in_reduced_precision_and_for_an_average(tmp_path):
     flags = ['--loss', 'pgd_at', '--epochs', '2', '--sync-bn', '--amp', 'bf16', '--swa', '0.5',
              '--awp', '0.005']

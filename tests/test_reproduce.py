@@ -265,6 +265,29 @@ def test_a_row_that_fails_and_one_that_others_train_are_said(plan, monkeypatch):
     monkeypatch.setattr(reproduce.files, 'is_locked', lambda path: True)
     assert 'another process is training runs/' in reproduce.do_row(plan, 'trades', 0)
 
+def test_a_teacher_that_another_process_trains_is_waited_for(plan, monkeypatch, capsys):
+    locked = iter([True, True, True])
+    monkeypatch.setattr(reproduce.files, 'is_locked', lambda path: next(locked, False))
+    monkeypatch.setattr(reproduce.files.time, 'sleep', lambda seconds: None)
+    monkeypatch.setattr(reproduce, 'run', lambda plan, job: False)
+    assert reproduce.do_row(plan, 'logit_mse', 0).endswith('-teacher ended with an error')
+    assert capsys.readouterr().out.count('waiting for runs/') == 1
+
+@pytest.mark.parametrize('content', ['{"complete": true}', '{"complete": true, "args"', '[]', ''])
+def test_what_is_torn_is_made_again_and_left_out_of_the_table(content, plan, tmp_path, capsys):
+    job = plans.evaluations(plan, 'trades', 0)['best']
+    (tmp_path / job.product).parent.mkdir(parents=True)
+    (tmp_path / job.product).write_text(content)
+    assert not plans.is_evaluated(plan, job)
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results/trades-s0.command').write_text(plans.record(plan, 'trades', 0))
+    (tmp_path / 'results/trades-s0.best.json').write_text(content)
+    assert results.measured(plan, 'trades', 0) is None
+    assert 'note: trades, seed 0, is left out: ' in capsys.readouterr().out
+    (tmp_path / job.product).with_name('log.jsonl').write_text('{"loss": "tra\n{}\n')
+    with pytest.raises(Refused, match='log.jsonl is damaged'):
+        plans.is_trained(plan, plans.training(plan, 'trades', 0))
+
 def test_one_report_serves_best_and_last_of_the_same_weights(plan, tmp_path, monkeypatch):
     judge, started = evaluate_parser(), []
     folder = tmp_path / plans.training(plan, 'trades', 0).product

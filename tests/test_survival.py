@@ -70,6 +70,18 @@ def test_kill_9_five_times(teacher, undisturbed, tmp_path):
         subprocess.run([*command, '--resume'], check=True, stdout=subprocess.DEVNULL)
     same(finished(tmp_path), undisturbed)
 
+def test_killed_in_the_validation(teacher, undisturbed, tmp_path):
+    """Which may take longer than a scheduler waits after its signal: the epoch before it is saved."""
+    command = [*ADV, str(tmp_path), '--teacher', teacher, *EVERYTHING, '--save-minutes', '100']
+    process = started(command)
+    begun(tmp_path, process)
+    process.kill()
+    process.communicate()
+    values = torch.load(tmp_path / 'state.pt', weights_only=True)['ranks'][0]['values']
+    assert (values['epoch'], values['batch']) == (1, 4)
+    subprocess.run([*command, '--resume'], check=True, stdout=subprocess.DEVNULL)
+    same(finished(tmp_path), undisturbed)
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_names_the_command_that_continues(number, teacher, undisturbed, tmp_path):
     process = started([*ADV, str(tmp_path), '--teacher', teacher, *EVERYTHING])
@@ -256,12 +268,12 @@ def test_a_state_that_is_no_number_does_not_replace_a_good_one(tmp_path):
     run.save_state(state)
     good = (tmp_path / 'state.pt').read_bytes()
     losses.append(torch.tensor(float('nan')))
-    with pytest.raises(FloatingPointError, match='before the first epoch'):
+    with pytest.raises(FloatingPointError, match='loss in epoch 1, step 2'):
         run.save_state(state)
     losses.clear()
     with torch.no_grad():
         net.weight.fill_(float('inf'))
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(FloatingPointError, match='weights before the first epoch'):
         run.save_state(state)
     assert (tmp_path / 'state.pt').read_bytes() == good
 

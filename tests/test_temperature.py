@@ -125,6 +125,8 @@ def test_both_steps_once_and_without_the_test_set(tmp_path):
 @pytest.mark.parametrize('content, says', [
     ('{"flags": "--width 8", "points": {"1": {}}}', 'holds a search with other flags'),
     ('{"complete": true, "results": {}}', 'and no search'), ('[]', 'and no search'),
+    ('{"flags": "--width 4", "points": {"1": {}}}', 'and damaged'),
+    ('{"flags": "--width 4", "points": [1]}', 'and no search'),
     ('a text', 'and no search')])
 def test_what_lies_in_out_stays_what_it_is(content, says, tmp_path):
     (tmp_path / 't.json').write_text(content)
@@ -161,7 +163,9 @@ def test_what_does_not_go_together(capsys):
     for argv, message in ((['--grid', '0.5'], 'at least 1'),
                           (['--loss', 'trades'], '--loss is set by this tool'),
                           (['--tau=3'], '--tau is set by this tool'),
-                          (['--runs', 'elsewhere'], 'a folder called runs')):
+                          (['--runs', 'elsewhere'], 'a folder called runs'),
+                          (['--threshold', 'nan'], 'finite'), (['--grid', 'inf'], 'finite'),
+                          (['--out', 't.md'], 'ends in .json')):
         with pytest.raises(SystemExit) as ended:
             temperature.main(argv)
         assert ended.value.code == 2 and message in capsys.readouterr().err

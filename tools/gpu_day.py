@@ -203,8 +203,9 @@ def split(path, start):
             room = PIECE - 200_000
         room -= size
         pieces[-1][name] = value
-    for k, piece in enumerate(pieces, 1):
-        meta = known if k == 1 else {}
+    # the first, by which bring_back sees that all are there, is written last
+    for k, piece in reversed(list(enumerate(pieces, 1))):
+        meta = known if k == 1 else dict(epoch=known['epoch'])
         files.save(f'{start}-{k}.pt', dict(meta, state_dict=piece, piece=k, pieces=len(pieces)))
 
 def join(start):
@@ -213,7 +214,10 @@ def join(start):
     if not isinstance(first, dict) or 'pieces' not in first:
         raise Refused(f'{start}-1.pt is no piece that this tool has written')
     for k in range(2, first.pop('pieces') + 1):
-        first['state_dict'].update(checkpoint.read(f'{start}-{k}.pt')['state_dict'])
+        piece = checkpoint.read(f'{start}-{k}.pt')
+        if piece['epoch'] != first['epoch']:
+            raise Refused(f'{start}-{k}.pt is of epoch {piece["epoch"]}, {start}-1.pt of {first["epoch"]}')
+        first['state_dict'].update(piece['state_dict'])
     del first['piece']
     for name, value in first['state_dict'].items():
         if value.is_floating_point():
@@ -248,11 +252,12 @@ def in_order(args, plans, failed):
         return step.command.startswith('-m') and failed.get(step.name, '').startswith((CUT, ENDED))
     return sorted(steps, key=begins_again)
 
-def may_be_eager(step, command, made):
+def may_be_eager(step, status, command, made):
     """Is it a training that may have failed because nothing can be compiled here, before its first epoch
-    ended? Those that measure a way to compile are not asked."""
+    ended? 2 says that it was refused. Those that measure a way to compile are not asked."""
     measures = step.name.startswith('rate-')
-    return ' --compile' in command and not measures and not os.path.exists(f'{made}/best.pt')
+    failed = status not in (None, 2, *step.statuses)
+    return failed and ' --compile' in command and not measures and not os.path.exists(f'{made}/best.pt')
 
 def is_stale(step, folder):
     """Is it a report or a figure of what has been trained, or judged, further since?"""
@@ -279,6 +284,9 @@ def day(args):
         # for tests/test_cuda.py; and networks this small win nothing by threads that wait for each other
         always.update(REHEARSE='1', OMP_NUM_THREADS='1')
     os.makedirs(f'{folder}/runs', exist_ok=True)
+    lock = open(f'{folder}/day.lock', 'w')          # held until it is closed
+    if not files.lock(lock):
+        raise Refused(f'another gpu_day is at work in {folder}')
     record = dict(seconds=0.0, done={}, failed={}, plans={}, eager=False)
     if os.path.exists(f'{folder}/day.json'):
         with open(f'{folder}/day.json') as f:
@@ -324,18 +332,23 @@ def day(args):
         if step.rates:
             record['plans'][step.name] = plan       # --resume refuses other epochs
         write()
-        if step.name.startswith('rate-'):           # measured in one piece
-            shutil.rmtree(f'{folder}/runs/{step.name}', ignore_errors=True)
-
         t0, log = spent(), f'{folder}/{step.name}.log'
+        made = f'{folder}/{os.path.dirname(step.product)}'
+        files.wait_for(f'{made}/.lock', f'waiting for the training in {made}, which has outlived its call',
+                       min(limit, now))
+        if step.name.startswith('rate-'):           # measured in one piece
+            shutil.rmtree(made, ignore_errors=True)
         logged = os.path.getsize(log) if os.path.exists(log) else 0
         command = step.command.format(**settings, epochs=plan['epochs'])
         env = {**always, **step.env, **plan['env']}
         if record['eager']:
             command = command.replace(' --compile', '')
-        status = run(step, command, env, log, min(limit, now))
-        made = f'{folder}/{os.path.dirname(step.product)}'
-        if status not in (None, *step.statuses) and may_be_eager(step, command, made):
+        try:
+            status = run(step, command, env, log, min(limit, now) - (spent() - t0))
+        except KeyboardInterrupt:
+            write()                     # its minutes count, and what it has made comes back
+            raise
+        if may_be_eager(step, status, command, made):
             say(f'{step.name:<16} {ENDED} with status {status}: {last_line(log)}; again without --compile')
             shutil.rmtree(made, ignore_errors=True)
             status = run(step, command.replace(' --compile', ''), env, log, min(limit, now) - (spent() - t0))
@@ -379,6 +392,8 @@ if __name__ == '__main__':
     if args.join:
         join(args.join)
         sys.exit()
+    if not args.minutes > 0 or args.now is not None and not args.now > 0:
+        raise Refused('--minutes and --now: numbers above 0')
     if args.rehearse:
         args.minutes = 600                          # nobody knows the machine
     else:

@@ -170,7 +170,10 @@ def text_of(path):
 def log_of(folder):
     """The configuration and the epochs in its log, {} and [] without one."""
     whole = text_of(f'{folder}/log.jsonl').split('\n')[:-1]    # a run at work may be writing the last line
-    rows = [json.loads(line) for line in whole]
+    try:
+        rows = [json.loads(line) for line in whole]
+    except ValueError as e:
+        raise Refused(f'{folder}/log.jsonl is damaged: move {folder} away, or delete it') from e
     return (rows[0], rows[1:]) if rows else ({}, [])
 
 def is_trained(place, job):
@@ -214,11 +217,12 @@ def said(value):
 def is_evaluated(place, job, product=None):
     """Is the report there, whole, with these flags, and of the weights that are there now? With product, that
     of another job is looked at: best.pt may be last.pt."""
-    path = os.path.join(place.base, product or job.product)
-    if not os.path.exists(path):
+    try:
+        report = json.loads(text_of(os.path.join(place.base, product or job.product)))
+        complete, given, judged = report['complete'], report['args'], report['fingerprint']
+    except (ValueError, KeyError, TypeError):           # none, torn, or no report
         return False
-    report = json.loads(text_of(path))
-    if report.get('complete') is not True:
+    if complete is not True:
         return False
     asked, flag = {}, None
     for word in shlex.split(job.command)[2:]:
@@ -227,7 +231,6 @@ def is_evaluated(place, job, product=None):
             asked[flag] = []
         else:
             asked[flag].append(word)
-    given = report['args']
     if not given['audit'] and 'no_audit' not in asked:
         return False
     for flag in asked.keys() - {'out', 'no_audit'}:
@@ -236,4 +239,4 @@ def is_evaluated(place, job, product=None):
     net, _ = checkpoint.load_checkpoint(os.path.join(place.base, shlex.split(job.command)[1]))
     if 'activation' in asked:
         net.build_args = dict(net.build_args, activation=asked['activation'][0])
-    return report['fingerprint'] == checkpoint.fingerprint(net)
+    return judged == checkpoint.fingerprint(net)

@@ -40,8 +40,11 @@ def is_sound(report):
     """Is there what its readers ask for? May raise KeyError and the like."""
     for key in ('checkpoint', 'fingerprint', 'images', 'dataset', 'norm', 'args', 'trained'):
         report[key]
+    if not isinstance(report['args'], dict) or not isinstance(report['trained'], dict):
+        return False
     for row in report['results'].values():
-        if not 0 <= row['accuracy'] <= 100 or len(row['interval']) != 2 or not row['per_class']:
+        low, high = row['interval']
+        if not (0 <= row['accuracy'] <= 100 and low <= high and len(row['per_class'])):
             return False
     return report['eps_pixels'] > 0 and report['model']['num_classes'] > 1 and 'clean' in report['results']
 

@@ -80,6 +80,9 @@ def evaluate(place, job, others):
 def do_row(plan, name, seed):
     """-> None, or what is in the way, in words."""
     firsts = list(first_jobs(plan, all_flags(plan, name)).values())
+    for job in firsts:                      # several rows, and processes, may need the same
+        files.wait_for(os.path.join(plan.base, job.product, '.lock'),
+                       f'waiting for {job.product}, which another process trains')
     for job in [*firsts, training(plan, name, seed)]:
         problem = train(plan, job)
         if problem:

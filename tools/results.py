@@ -2,14 +2,14 @@
 The table of what lies in results/TABLE: ours beside the paper's, as markdown; and the pictures that are
 tables of papers.
 """
-import json
 import math
 import os
 import re
 import statistics
 from typing import NamedTuple
 
-from support.files import say
+from support.files import Refused, say
+from tools import reading
 from tools.plan import FIRST_EPOCHS, all_flags, evaluations, filled, first_jobs, record, text_of
 
 class Measured(NamedTuple):
@@ -22,9 +22,13 @@ def measured(plan, name, seed):
     kept = f'{plan.results}/{name}-s{seed}'
     if text_of(f'{kept}.command') != record(plan, name, seed):
         return None
-    reports = {evaluation: json.loads(text_of(f'{kept}.{evaluation}.json'))
-               for evaluation in evaluations(plan, name, seed)}
-    config, *epochs = [json.loads(line) for line in text_of(f'{kept}.jsonl').splitlines()]
+    try:
+        reports = {evaluation: reading.load(f'{kept}.{evaluation}.json')
+                   for evaluation in evaluations(plan, name, seed)}
+        config, epochs = reading.load_log(f'{kept}.jsonl')
+    except Refused as e:
+        say(f'note: {name}, seed {seed}, is left out: {e}')
+        return None
     rates = [e['img_per_s'] for e in epochs if e['img_per_s']]      # 0: continued after an epoch's last batch
     return Measured(reports, epochs, config['train_images'] / statistics.median(rates) if rates else math.nan)
 

@@ -5,6 +5,7 @@ the images of `synthetic`.
 """
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,8 +50,12 @@ def run_of(point, args, folder):
                f'--amp={args.amp}', f'--model={args.model}', f'--width={point["width"]}',
                f'--steps={point["steps"]}', f'--batch-size={point["batch_size"]}', f'--subset={images}',
                f'--epochs={EPOCHS}', f'--out={folder}']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
-                          env=dict(os.environ, OMP_NUM_THREADS=str(args.threads)))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)      # ends the training as Ctrl-C does
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT,
+                              env=dict(os.environ, OMP_NUM_THREADS=str(args.threads)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if done.returncode:
         sys.exit(f'{point}: {done.stderr[-2000:]}')
     with open(f'{folder}/log.jsonl') as f:

@@ -143,14 +143,17 @@ class Search:
         try:
             with open(self.args.out) as f:
                 before = json.load(f)
-            flags, points = before['flags'], before['points']
+            flags, points = before['flags'], dict(before['points'])
+            sound = all({'clean', 'robust', 'audit'} <= point.keys() for point in points.values())
         except OSError as e:
             raise Refused(f'cannot read {self.args.out}: {e.strerror}') from e
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise Refused(f'{self.args.out} is there already, and no search: choose another --out') from e
         if flags != self.flags:
             raise Refused(f'{self.args.out} holds a search with other flags ({flags or "none"}): '
                           'choose another --out')
+        if not sound:
+            raise Refused(f'{self.args.out} is there already, and damaged: choose another --out')
         return points
 
     def accuracy(self, tau):
@@ -243,6 +246,10 @@ def main(argv=None):
             parser.error(f'{taken} is set by this tool')
     if min(args.grid) < 1:
         parser.error(f'--grid {min(args.grid):g}: temperatures are at least 1')
+    if not all(math.isfinite(value) for value in (*args.grid, args.threshold or 0)):
+        parser.error('--grid and --threshold: finite numbers')
+    if args.out.endswith('.md'):
+        parser.error(f'--out {args.out}: that is the table, which goes beside it; a name that ends in .json')
     if args.refine < 0 or args.audited < 1:
         parser.error('--refine is at least 0, --audited at least 1')
     if os.path.basename(runs) != 'runs':
