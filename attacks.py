@@ -17,7 +17,7 @@ def per_image(value, x):
     """A number, or one per image (B,), as what multiplies x (B,...)."""
     if isinstance(value, numbers.Real):             # those of numpy are, too
         return float(value)
-    value = torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    value = torch.as_tensor(value, dtype=x.dtype, device=x.device).detach()
     if value.dim() == 0:
         return value
     if value.shape != x.shape[:1]:
@@ -69,7 +69,8 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
     norm: 'Linf' (signed step) or 'L2' (normalised step). Returns the last iterate or, of several restarts,
     each image's best; of x's dtype, detached. Raises ValueError for x in half precision, which near 1 has a
     spacing of up to 1/256, an eighth of eps, and for images outside [0, 1]. Of CUDA tensors x_adv becomes NaN
-    instead: to raise, it would have to wait for the GPU in every batch.
+    instead: to raise, it would have to wait for the GPU in every batch. Within torch.inference_mode() x may
+    be made there, and what else the objective takes, y for instance, may not.
     """
     if norm not in ('Linf', 'L2'):
         raise ValueError(f"norm is 'Linf' or 'L2', not {norm!r}")
@@ -113,7 +114,7 @@ def pgd(objective, x, *, eps=8/255, step_size=2/255, steps=10, init='uniform', n
                 x_adv = x_adv + step_size * grad.sign()
                 x_adv = torch.clamp(x_adv, x - eps, x + eps).clamp(0, 1)
             else:       # the squares of a confident network's gradient would underflow
-                grad = grad / per_image(grad.flatten(1).abs().amax(1).clamp_min(1e-38), x)
+                grad = grad / per_image(grad.flatten(1).abs().amax(1).clamp_min(1e-37), x)
                 d = x_adv + step_size * grad / norms(grad) - x
                 x_adv = (x + d * (eps / norms(d)).clamp_max(1)).clamp(0, 1)
         if restarts == 1:
@@ -153,10 +154,13 @@ def scaled(objective, scale):
     return with_scale
 
 def step_sizes(first, steps, schedule):
-    """One size per step, of the schedule 'constant', 'linear' or 'cosine', the first of them first."""
-    shape = {'constant': lambda t: 1.0, 'linear': lambda t: 1 - t,
-             'cosine': lambda t: (1 + math.cos(math.pi * t)) / 2}[schedule]
-    return [first * shape(k / steps) for k in range(steps)]
+    """One size per step, of the schedule 'constant', 'linear' or 'cosine', the first of them first. Raises
+    ValueError for another schedule."""
+    shapes = {'constant': lambda t: 1.0, 'linear': lambda t: 1 - t,
+              'cosine': lambda t: (1 + math.cos(math.pi * t)) / 2}
+    if schedule not in shapes:
+        raise ValueError(f"schedule is one of {' '.join(shapes)}, not {schedule!r}")
+    return [first * shapes[schedule](k / steps) for k in range(steps)]
 
 def fgsm(objective, x, *, eps=8/255, norm='Linf'):
     """Goodfellow et al. 2015, "Explaining and Harnessing Adversarial Examples":
@@ -171,7 +175,9 @@ def cw_margin(logits, y):
 
 @contextmanager
 def frozen_statistics(model):
-    """BN in train mode normalises with its batch, as ever, and leaves its running statistics alone."""
+    """BN in train mode normalises with its batch, as ever, and leaves its running statistics alone. (Those of
+    InstanceNorm and of spectral_norm move.) With activation checkpointing, which runs the forward again in
+    backward, backward belongs in the block."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     before = [m.track_running_stats for m in layers]
     for m in layers:
@@ -189,15 +195,16 @@ def attack_mode(model, bn='eval'):
     in every step), and BN in 'eval' mode, its running statistics; in 'train' mode, the statistics of the
     attacked batch, while the running ones stay; or 'moving': in train mode, and every step moves the running
     statistics too (Madry, Rice, ARD, IAD, Wong). Train mode is the whole model's, dropout's too. Modes and
-    flags are restored after. Raises ValueError for another bn.
+    flags are restored after. Raises ValueError for another bn. Under DistributedDataParallel the model is
+    ddp.module, in the objective, too: with static_graph it takes the attack for its first step.
     """
     if bn not in ('eval', 'train', 'moving'):
         raise ValueError(f"bn is 'eval', 'train' or 'moving', not {bn!r}")
     modes = [(m, m.training) for m in model.modules()]
     grads = [(p, p.requires_grad) for p in model.parameters()]
-    model.train(bn != 'eval')           # a train() of somebody's own may return nothing
-    model.requires_grad_(False)
     try:
+        model.train(bn != 'eval')       # a train() of somebody's own may return nothing
+        model.requires_grad_(False)
         if bn == 'moving':
             yield
         else:
@@ -209,19 +216,24 @@ def attack_mode(model, bn='eval'):
         for p, requires_grad in grads:
             p.requires_grad_(requires_grad)
 
+def perturbable(model):
+    """The weights that weights_perturbed perturbs, by its authors' rule: all that are called weight and have
+    more than one dimension, so that biases and the usual norm layers stay; frozen ones stay, too."""
+    return [p for name, p in model.named_parameters()
+            if p.dim() > 1 and 'weight' in name and p.requires_grad]
+
 @contextmanager
 def weights_perturbed(model, objective, *, gamma, average=None):
     """
     Wu et al. 2020, "Adversarial Weight Perturbation Helps Robust Generalization" (AWP). For the time of the
     block every convolution's and every linear weight w is w + gamma |w| d / |d|, d the gradient of
-    objective() -> scalar, one step uphill; norm layers, biases and frozen weights stay. Afterwards the
-    weights are back, bit for bit: optimizer.step() comes after the block; within it, RuntimeError is raised.
+    objective() -> scalar, one step uphill; see perturbable for what stays. Afterwards the weights are back,
+    bit for bit: optimizer.step() comes after the block; within it, RuntimeError is raised.
     (The authors step before they subtract: their weight decay also acts on the perturbation.) objective runs
     in the model's own mode: in frozen_statistics, if BN is to stay. average(gradients): in place, over
     several processes. Raises ValueError where no weight is used.
     """
-    weights = [p for name, p in model.named_parameters()
-               if p.dim() > 1 and 'weight' in name and p.requires_grad]
+    weights = perturbable(model)
     gradients = torch.autograd.grad(objective(), weights, allow_unused=True) if weights else []
     weights = [w for w, d in zip(weights, gradients) if d is not None]
     if not weights:
@@ -234,12 +246,15 @@ def weights_perturbed(model, objective, *, gamma, average=None):
         for w, d in zip(weights, gradients):
             step = d * (gamma * w.norm() / (d.norm() + 1e-20))
             w.add_(torch.where(step.isfinite(), step, 0.0))     # in fp16 d may overflow: no step
+    torch.clear_autocast_cache()        # an autocast around all of it would go on with the old weights
     versions = [w._version for w in weights]
     try:
         yield
         if versions != [w._version for w in weights]:
-            raise RuntimeError('optimizer.step() comes after the block, which puts the weights back')
+            raise RuntimeError('a weight was changed within the block, which puts all weights back: '
+                               'optimizer.step() comes after it')
     finally:
         with torch.no_grad():
             for w, value in zip(weights, saved):
                 w.copy_(value)
+        torch.clear_autocast_cache()

@@ -74,7 +74,8 @@ def adversarial(logits, y, *, smoothing=0.1):
 TARGETS = {'smooth': smooth, 'als': adversarial}
 
 # -----------------------------------------------------------------------------
-# inner objectives: what the attack climbs. Same rule of names; *_adv is computed in every step, the rest once
+# inner objectives: what the attack climbs. Of the names above they know y, logits and t_logits, which are
+# computed once, and logits_adv and t_logits_adv, in every step: see craft in train_adv.py
 
 def climb_ce(logits_adv, y):
     """CE(p', y)"""
@@ -162,8 +163,9 @@ def mart(logits, logits_adv, y, *, beta=5.0):
     CE(p', y) - log(1 - max_{k != y} p'_k) + beta (1 - p_y) KL(p || p')
     No side is detached, the weight 1 - p_y included. beta: their ResNet-18; 6 for a wide ResNet."""
     label = hard(y)[:, None]
-    best_wrong = logits_adv.softmax(1).scatter(1, label, 0).amax(1)
-    p_y = logits.softmax(1).gather(1, label)[:, 0]
+    fp32 = torch.promote_types(logits.dtype, torch.float32)     # in half precision 1 - p may round to zero
+    best_wrong = logits_adv.softmax(1, dtype=fp32).scatter(1, label, 0).amax(1)
+    p_y = logits.softmax(1, dtype=fp32).gather(1, label)[:, 0]
     boosted = ce(logits_adv, y) - (1.0001 - best_wrong + 1e-12).log()           # their constants
     return boosted + beta * (1.0000001 - p_y) * kl(logits_adv, logits)
 

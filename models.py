@@ -18,20 +18,21 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # activations, by name
 
+ALPHA = 10.0        # no attribute of the class: torch.compile would break the graph at it
+
 class HybridReLU(torch.autograd.Function):
     """Smooth adversarial training as Dallaire & David have it: ReLU forward, and backward the derivative of
-    softplus(alpha u) / alpha, in attack and update. (Xie et al. 2020: a smooth function both ways.)"""
-    alpha = 10.0
+    softplus(ALPHA u) / ALPHA, in attack and update. (Xie et al. 2020: a smooth function both ways.)"""
     @staticmethod
     def forward(ctx, u):
         ctx.save_for_backward(u)
         return u.relu()
     @staticmethod
     def backward(ctx, grad):
-        return grad * torch.sigmoid(HybridReLU.alpha * ctx.saved_tensors[0])
+        return grad * torch.sigmoid(ALPHA * ctx.saved_tensors[0])
 
 def softplus(u):
-    return F.softplus(u, beta=HybridReLU.alpha)
+    return F.softplus(u, beta=ALPHA)
 
 ACTIVATIONS = {'relu': F.relu, 'silu': F.silu, 'hybrid': HybridReLU.apply, 'softplus': softplus}
 
@@ -264,7 +265,8 @@ def build(name, num_classes, *, width=None, mean=None, std=None, activation='rel
 
 class DualBatchNorm2d(nn.BatchNorm2d):
     """Xie et al. 2020, "Adversarial Examples Improve Image Recognition": BN for clean images, with the usual
-    keys, and an auxiliary one for adversarial images, affine parameters included."""
+    keys, and an auxiliary one for adversarial images, affine parameters included. SyncBatchNorm's
+    convert_sync_batchnorm would throw the auxiliary one away."""
     auxiliary = False
     def __init__(self, num_features):
         super().__init__(num_features)
@@ -275,7 +277,8 @@ class DualBatchNorm2d(nn.BatchNorm2d):
 @contextmanager
 def bn_branch(net, name):
     """For the time of the block net normalises with its 'main' or its 'aux' BN; None: as before the block.
-    Without dual BN: no effect. Raises ValueError for another name."""
+    Without dual BN: no effect. With activation checkpointing backward belongs in the block, too. Raises
+    ValueError for another name."""
     if name not in ('main', 'aux', None):
         raise ValueError(f"the branch is 'main' or 'aux', not {name!r}")
     layers = [m for m in net.modules() if isinstance(m, DualBatchNorm2d)]

@@ -161,6 +161,7 @@ if args.warm_start:
 ddp.broadcast(student, guide)
 if args.sync_bn:
     ddp.sync_bn(student, guide)
+refusals.awp(args.awp, student)
 averaged = checkpoint.copied(student) if args.ema or args.swa else None
 
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher

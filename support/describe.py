@@ -15,7 +15,7 @@ import torch
 
 from losses import METHODS
 from support import autoattack
-from support.files import say
+from support.files import Refused, say
 
 # may differ when a run is continued: where it lies and how it is watched, and the versions and names
 # of the machine
@@ -71,7 +71,11 @@ def as_flag(name, value):
     return f'--{name} {value:.4g}' if isinstance(value, float) else f'--{name} {value}'
 
 def flag_of(default):
-    """argparse's arguments for a hyper-parameter: a switch, a number, or a word, as its default is."""
+    """argparse's arguments for a hyper-parameter: a switch, a number, or a word, as its default is. Raises
+    Refused for another default."""
+    if not isinstance(default, (bool, int, float, str)):
+        raise Refused(f'a hyper-parameter has the default {default!r}, and needs a number, True, False or a '
+                      'word: --help and the command line are made of it')
     if isinstance(default, bool):
         return dict(action=argparse.BooleanOptionalAction, default=default)
     kind = {int: number, float: float}.get(type(default), str)

@@ -130,7 +130,7 @@ def from_file(spec, num_classes):
         around.leave()
     if not isinstance(net, torch.nn.Module):
         raise Refused(f'--model {spec} returns a {type(net).__name__}, not a torch.nn.Module')
-    net = net.float()
+    net = getattr(net, '_orig_mod', net).float()    # of torch.compile: --compile does that
 
     # an import within forward() finds their modules again, not ours of the same name
     @torch.compiler.disable
@@ -154,9 +154,9 @@ def from_file(spec, num_classes):
 
 def try_out(net, spec, shape, device):
     """
-    Two images of shape (H, W, C) through net in eval mode, before anything is trained. Lazy layers are made
-    here: an optimiser asks for their parameters. Raises Refused, one line, for a network that cannot be
-    trained on such images, or cannot be saved.
+    Two images of shape (H, W, C) through net in eval mode and, leaving no trace, in train mode, before
+    anything is trained. Lazy layers are made here: an optimiser asks for their parameters. Raises Refused,
+    one line, for a network that cannot be trained on such images, or cannot be saved.
     """
     height, width, channels = shape
     x = torch.linspace(0, 1, 2 * channels * height * width, device=device)
@@ -165,8 +165,13 @@ def try_out(net, spec, shape, device):
     net.eval()
     try:
         logits = net(x)
-        with torch.no_grad():       # what it keeps of a forward is without a graph then, and can be copied
+        with torch.no_grad(), torch.random.fork_rng():
+            net(x)                  # what it keeps of a forward is without a graph then, and can be copied
+            buffers = [b.clone() for b in net.buffers()]
+            net.train()             # where it may return more than logits
             net(x)
+            for b, before in zip(net.buffers(), buffers):
+                b.copy_(before)
     except Refused:
         raise
     except Exception as e:
@@ -209,26 +214,29 @@ def _imported(file):
     return module
 
 def _logits(out, spec, num_classes):
-    """The logits in what a network returns: itself, `logits` of a dict or an object, else the first of
-    its tensors that has the right shape."""
-    shape = None
-    for tensor in _tensors(out):
-        shape = shape or tuple(tensor.shape)
-        if num_classes is None or tensor.ndim == 2 and tensor.shape[1] == num_classes:
-            return tensor
-    if shape is None:
+    """The logits in what a network returns: itself, `logits` of a dict or an object, else the one of its
+    tensors that has the right shape."""
+    tensors = _tensors(out)
+    if not tensors:
         raise Refused(f'--model {spec}: its output is a {type(out).__name__} without a tensor, not logits')
-    shape = ', '.join(['B', *map(str, shape[1:])])
-    raise Refused(f'--model {spec}: its output is ({shape}), the data need logits (B, {num_classes})')
+    if num_classes is None:
+        return tensors[0]
+    fitting = [t for t in tensors if t.ndim == 2 and t.shape[1] == num_classes]
+    if not fitting:
+        shape = ', '.join(['B', *map(str, tensors[0].shape[1:])])
+        raise Refused(f'--model {spec}: its output is ({shape}), the data need logits (B, {num_classes})')
+    if len(fitting) > 1:
+        raise Refused(f'--model {spec}: its output holds {len(fitting)} tensors (B, {num_classes}): return '
+                      "the logits alone, or a dict that names them 'logits'")
+    return fitting[0]
 
 def _tensors(out):
-    """The tensors in a network's output, the one named logits first."""
-    if isinstance(out, torch.Tensor):
-        return [out]
+    """The tensors in a network's output; if one is named logits, that alone."""
     named = out.get('logits') if isinstance(out, dict) else getattr(out, 'logits', None)
-    values = []
+    if isinstance(named, torch.Tensor):
+        return [named]
     if isinstance(out, dict):
-        values = list(out.values())
-    elif isinstance(out, (tuple, list)):
-        values = list(out)
-    return [v for v in (named, *values) if isinstance(v, torch.Tensor)]
+        values = out.values()
+    else:
+        values = out if isinstance(out, (tuple, list)) else [out]
+    return [v for v in values if isinstance(v, torch.Tensor)]

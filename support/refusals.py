@@ -9,7 +9,7 @@ import sys
 import torch
 
 import models
-from attacks import farthest
+from attacks import farthest, perturbable
 from losses import METHODS, Softened, climb_kl, climb_mse, asked_for, hparams, needs, smooth
 from support.files import Refused
 
@@ -168,6 +168,11 @@ def unused(args, default, without, *flags):
     for flag in flags:
         if getattr(args, flag) != default(flag):
             refuse(f'--{flag.replace("_", "-")} does nothing {without}: leave it out')
+
+def awp(gamma, net):
+    if gamma and not perturbable(net):
+        refuse('--awp perturbs what is called weight, has more than one dimension and is not frozen: this '
+               'network has no such parameter')
 
 def guide_shape(args):
     """What models.build is given for the guide of lbgat. The student's flags are not for a --guide-model."""

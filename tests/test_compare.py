@@ -52,7 +52,8 @@ def test_what_makes_the_number_is_refused_by_name(change, write, capsys):
     dict(args=[]), dict(trained=None), dict(results={'clean': dict(result('1'), interval=['a', 1])}),
     dict(results={'clean': dict(result('1'), per_class=5)}), dict(results=[])])
 def test_what_was_edited_by_hand_is_no_report(change, write, capsys):
-    assert 'is not a report of evaluate.py' in refused(capsys, write('a.json'), write('b.json', report=change))
+    edited = write('b.json', report=change)
+    assert 'is not a report of evaluate.py' in refused(capsys, write('a.json'), edited)
 
 def test_what_does_not_make_the_number_is_no_reason(write, capsys):
     a = write('a.json', rows=('clean', 'pgd-20'))

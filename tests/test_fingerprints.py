@@ -1,6 +1,7 @@
 """Every way of training still leaves in the weights and BN statistics what it did. Another version of
 PyTorch may round differently, and where a gradient is next to zero a pixel then goes the other way, hence the
-tolerance. With PyTorch 2.7 figures are up to 0.25 away, so that older versions are left out. A change that is meant writes them anew:
+tolerance. With PyTorch 2.7 figures are up to 0.25 away, so that older versions are left out. A change that is
+meant writes them anew:
 python tests/fingerprints.py --json tests/fingerprints.json"""
 import json
 import pathlib

@@ -1,6 +1,7 @@
 """What the flags are when nobody gives them, what a hyper-parameter of one's own becomes, and what is said
 before the training: --dry-run, and a teacher that is not what the method learns from."""
 import argparse
+import inspect
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import losses
 import models
 from losses import METHODS
 from support import describe, validation
+from support.files import Refused
 from test_options import train
 from test_smoke import HERE, run, teacher   # teacher: a fixture
 from tools import methods
@@ -80,6 +82,11 @@ def test_a_hyper_parameter_is_typed_as_a_number_or_as_a_word(default, typed, val
     parser.add_argument('--k', **describe.flag_of(default))
     given = parser.parse_args([f'--k={typed}']).k
     assert given == value and type(given) is type(value)
+
+@pytest.mark.parametrize('default', [None, (1.0, 2.0), inspect.Parameter.empty])
+def test_a_hyper_parameter_without_such_a_default_is_refused(default):
+    with pytest.raises(Refused, match='needs a number, True, False or a word'):
+        describe.flag_of(default)
 
 def test_a_hyper_parameter_may_be_below_zero(tmp_path, monkeypatch):
     def below(logits_adv, y, *, offset=-0.5):

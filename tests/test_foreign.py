@@ -20,7 +20,7 @@ from support import checkpoint
 from support import files as files_of_ours
 from support import summary
 from support.files import Refused
-from support.foreign import Surroundings, from_file
+from support.foreign import Surroundings, from_file, try_out
 from test_smoke import HERE, run
 
 SYNTHETIC = '--dataset synthetic --n 20 --attacks clean'.split()
@@ -150,6 +150,7 @@ OUTPUTS = dict(
     features='[x.flatten(1), z]', named='Named(x.flatten(1)[:, :10], z)',
     thing='types.SimpleNamespace(logits=z)', double='z.double()')
 REFUSED_OUTPUTS = dict(
+    two_heads='(z, 2 * z)', two_of_a_dict='{"aux": z, "out": z + 1}',
     one='z[:, :1]', flat='z[:, 0]', more='torch.cat([z, z], 1)', spatial='z[:, :, None, None]',
     scalar='z.mean()', nothing='None', text='"z"')
 
@@ -199,7 +200,7 @@ def test_the_logits_are_found_in_what_a_network_returns(name, nets):
 @pytest.mark.parametrize('name', REFUSED_OUTPUTS)
 def test_or_one_line_says_what_it_returns(name, nets):
     net, _ = of(nets, name)
-    with pytest.raises(Refused, match='its output is') as e:
+    with pytest.raises(Refused, match='its output') as e:
         summary.inspect(net, X, torch.zeros(4, dtype=torch.int64), 10)
     assert '\n' not in str(e.value) and ('(B, 10)' in str(e.value) or 'without a tensor' in str(e.value))
 
@@ -281,6 +282,30 @@ class extra(Net):
         pass
 def scripted():
     return torch.jit.script(Net())
+class Auxiliary(Net):
+    """In training also what a second head says."""
+    def __init__(self):
+        super().__init__()
+        self.aux = torch.nn.Linear(3072, 10)
+    def forward(self, x):
+        z = self[1](self[0](x))
+        return (self.aux(x.flatten(1)), z) if self.training else z
+class Counted(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+    def forward(self, x):
+        return self[1](self[0](self.norm(x)))
+class Adapted(Net):
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+        self.a = torch.nn.Parameter(torch.zeros(10, 10))
+    def forward(self, x):
+        z = super().forward(x)
+        return z + z @ self.a
+def compiled():
+    return torch.compile(Net(), backend='eager')
 class Locked(Net):
     def __init__(self):
         super().__init__()
@@ -291,7 +316,7 @@ class Locked(Net):
 def to_train(tmp_path_factory):
     return files(tmp_path_factory.mktemp('to_train'), net=TRAINED)
 
-@pytest.mark.parametrize('name', ['lazy', 'Configured', 'Silent', 'Keeps'])
+@pytest.mark.parametrize('name', ['lazy', 'Configured', 'Silent', 'Keeps', 'compiled'])
 def test_it_is_trained_averaged_and_evaluated(name, to_train, tmp_path):
     flags = ['--dataset', 'synthetic', '--model', f'{to_train}/net.py:{name}']
     trained = run('train_adv.py', *flags, '--loss', 'trades', '--subset', 64, '--epochs', 1, '--steps', 1,
@@ -306,6 +331,7 @@ def test_it_is_trained_averaged_and_evaluated(name, to_train, tmp_path):
     ('in_place', 'fails on images (2, 3, 32, 32): RuntimeError: a '), ('large', 'RuntimeError: shape'),
     ('late', 'in its first forward'), ('frozen', 'no parameter to train'), ('numpy', 'no gradient'),
     ('extra', '_extra_state in its state dict is a dict'), ('scripted', 'RecursiveScriptModule'),
+    ('Auxiliary', 'its output holds 2 tensors (B, 10): return the logits alone'),
     ('Locked', '--ema and --swa need a copy of the network: TypeError')])
 def test_or_one_line_says_why_it_cannot_be_before_anything_is_written(name, says, to_train, tmp_path, capsys):
     with pytest.raises(SystemExit) as e:
@@ -313,6 +339,19 @@ def test_or_one_line_says_why_it_cannot_be_before_anything_is_written(name, says
             '--loss', 'trades', '--subset', 64, '--ema', 0.9, '--out', tmp_path / 'run')
     err = capsys.readouterr().err
     assert e.value.code == 2 and err.count('\n') == 1 and says in err and not list(tmp_path.glob('run/*.pt'))
+
+def test_awp_without_a_weight_to_perturb_is_refused_at_once(to_train, tmp_path, capsys):
+    with pytest.raises(SystemExit) as e:
+        run('train_adv.py', '--dataset', 'synthetic', '--model', f'{to_train}/net.py:Adapted', '--epochs', 1,
+            '--loss', 'trades', '--awp', 0.005, '--out', tmp_path / 'run')
+    assert e.value.code == 2 and '--awp perturbs what is called weight' in capsys.readouterr().err
+
+def test_trying_it_out_leaves_no_trace(to_train):
+    net = from_file(f'{to_train}/net.py:Counted', 10)
+    before, noise = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    try_out(net, 'net', (32, 32, 3), torch.device('cpu'))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training
+    assert torch.equal(torch.get_rng_state(), noise)
 
 # -----------------------------------------------------------------------------
 # a network of one's own that was trained here, and code that a file names

@@ -54,11 +54,11 @@ def test_weights_come_back_in_pieces_and_are_joined(tmp_path, monkeypatch):
 
     # killed while the weights of a later epoch are split: the pieces are no mixture
     checkpoint.save_checkpoint(tmp_path / 'best.pt', net, epoch=4)
-    save, left = files.save, [1]
+    save, saved = files.save, []
     def killed(path, content):
-        if not left.pop():
+        if saved:
             raise KeyboardInterrupt
-        left.append(0)
+        saved.append(path)
         save(path, content)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(gpu_day.files, 'save', killed)
@@ -191,7 +191,8 @@ def test_a_training_that_outlived_its_call_is_waited_for(tmp_path, monkeypatch, 
     (tmp_path / 'runs/a').mkdir(parents=True)
     holds = f"import sys, time; sys.path.insert(0, {str(HERE)!r}); from support import files; " \
             "f = open(sys.argv[1], 'w'); files.lock(f); print(flush=True); time.sleep(3)"
-    orphan = subprocess.Popen([sys.executable, '-c', holds, tmp_path / 'runs/a/.lock'], stdout=subprocess.PIPE)
+    orphan = subprocess.Popen([sys.executable, '-c', holds, tmp_path / 'runs/a/.lock'],
+                              stdout=subprocess.PIPE)
     orphan.stdout.readline()
     monkeypatch.setattr(gpu_day, 'steps_of', lambda args: [
         Step('a', f'-c "{WRITE}" {{dir}}/runs/a/last.pt', 'runs/a/last.pt', 1)])

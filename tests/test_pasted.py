@@ -62,7 +62,7 @@ def test_an_optimiser_within_awp_is_told_that_its_step_would_be_lost(net):
     def objective():
         return F.cross_entropy(net(X), torch.zeros(len(X), dtype=torch.int64))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match='optimizer.step.. comes after the block'):
+    with pytest.raises(RuntimeError, match='optimizer.step.. comes after it'):
         with attacks.weights_perturbed(net, objective, gamma=0.01):
             objective().backward()
             optimizer.step()
@@ -74,6 +74,40 @@ def test_an_optimiser_within_awp_is_told_that_its_step_would_be_lost(net):
     with pytest.raises(ValueError, match='takes part'), attacks.attack_mode(net):
         with attacks.weights_perturbed(net, objective, gamma=0.01):
             pass
+
+def test_awp_within_an_autocast_around_the_whole_step(net):
+    """Autocast keeps the weights it has cast until its block ends."""
+    def objective():
+        return F.cross_entropy(net(X).float(), torch.zeros(len(X), dtype=torch.int64))
+    with attacks.frozen_statistics(net), torch.autocast('cpu', torch.bfloat16):
+        before = objective().item()
+        with attacks.weights_perturbed(net, objective, gamma=0.05):
+            perturbed = objective().item()
+        after = objective().item()
+    assert perturbed > before + 0.01 and after == before
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning', 'ignore:.*torch.jit:FutureWarning')
+def test_what_cannot_be_attacked_stays_in_its_mode():
+    net = torch.jit.script(nn.Sequential(nn.Linear(2, 2)))
+    with pytest.raises(RuntimeError), attacks.attack_mode(net):
+        pass
+    assert net.training
+
+def test_x_adv_is_detached_from_eps_too():
+    eps = torch.full((len(X),), 0.03, requires_grad=True)
+    assert not attacks.pgd(lambda x: x.flatten(1).sum(1), X, eps=eps).requires_grad
+
+def test_in_l2_an_image_without_a_gradient_stays_where_denormals_are_zero():
+    torch.set_flush_denormal(True)
+    try:
+        x_adv = attacks.pgd(lambda x: 0 * x.flatten(1).sum(1), X, norm='L2', init='zero')
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(x_adv, X)
+
+def test_a_schedule_of_another_name():
+    with pytest.raises(ValueError, match='constant linear cosine'):
+        attacks.step_sizes(0.1, 3, 'exp')
 
 def test_a_branch_of_another_name_is_not_the_main_one(net):
     with pytest.raises(ValueError, match="'main' or 'aux'"), models.bn_branch(net, 'auxiliary'):
@@ -94,6 +128,27 @@ def test_kl_of_logits_in_half_precision_is_not_negative(dtype):
     z, near = z.to(dtype), near.to(dtype)
     assert losses.kl(near, z).min() > -1e-6
     torch.testing.assert_close(losses.kl(near, z), losses.kl(near.double(), z.double()).float())
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('name', ['mart', 'logit_mse', 'trades', 'softmax_kl'])
+def test_a_loss_of_confident_logits_in_half_precision_is_that_in_fp32(name, dtype):
+    g = torch.Generator().manual_seed(0)
+    loss = losses.METHODS[name].loss
+    half = {k: (4 * torch.randn(64, 10, generator=g)).to(dtype).requires_grad_() for k in losses.needs(loss)}
+    full = {k: v.detach().float().requires_grad_() for k, v in half.items()}
+    for given in half, full:
+        if 'y' in given:
+            given['y'] = torch.arange(64) % 10
+    value, expected = loss(**half), loss(**full)
+    torch.testing.assert_close(value.float(), expected, rtol=0.02, atol=0.02)
+    value.float().mean().backward()
+    expected.mean().backward()
+    torch.testing.assert_close(half['logits_adv'].grad.float(), full['logits_adv'].grad, rtol=0.05, atol=1e-3)
+
+def test_a_hybrid_activation_compiles_to_one_graph():
+    net = models.build('resnet18', 10, width=4, activation='hybrid')
+    found = torch._dynamo.explain(net)(X)
+    assert found.graph_count == 1 and found.graph_break_count == 0
 
 @pytest.mark.parametrize('name, activation', [
     *[('resnet18', activation) for activation in models.ACTIVATIONS], ('torchvision-resnet18', 'relu')])
