@@ -8,7 +8,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.nn.functional import all_reduce
 
 from support.files import Refused
 
@@ -88,14 +87,27 @@ def broadcast(*networks):
             dist.broadcast(value, 0)
             tensor.copy_(value)
 
+class Summed(torch.autograd.Function):
+    """The sum over all processes; so is the gradient."""
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
 class SyncBatchNorm2d(torch.nn.BatchNorm2d):
     """BN that normalises, in training, with mean and variance of all processes. (torch's own wants a GPU.)"""
     def forward(self, x):
         if not self.training or world_size() == 1:
             return super().forward(x)
         f = x.float()                                   # also under autocast, as torch's
-        mean = all_reduce(f.mean((0, 2, 3))) / world_size()
-        var = all_reduce((f - mean[:, None, None]).square().mean((0, 2, 3))) / world_size()
+        mean = Summed.apply(f.mean((0, 2, 3))) / world_size()
+        var = Summed.apply((f - mean[:, None, None]).square().mean((0, 2, 3))) / world_size()
         if self.track_running_stats:
             n = x.numel() / x.shape[1] * world_size()
             with torch.no_grad():
