@@ -18,7 +18,7 @@ import torch.nn.functional as F
 # -----------------------------------------------------------------------------
 # activations, by name
 
-ALPHA = 10.0        # no attribute of the class: torch.compile would break the graph at it
+ALPHA = 10.0        # an attribute of the class would break the graph of torch.compile
 
 class HybridReLU(torch.autograd.Function):
     """Smooth adversarial training as Dallaire & David have it: ReLU forward, and backward the derivative of
