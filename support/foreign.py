@@ -165,7 +165,8 @@ def try_out(net, spec, shape, device):
     net.eval()
     try:
         logits = net(x)
-        with torch.no_grad(), torch.random.fork_rng():
+        gpus = [device] if device.type == 'cuda' else []
+        with torch.no_grad(), torch.random.fork_rng(devices=gpus):
             net(x)                  # what it keeps of a forward is without a graph then, and can be copied
             buffers = [b.clone() for b in net.buffers()]
             net.train()             # where it may return more than logits
