@@ -18,7 +18,7 @@ import models
 from support import checkpoint, files, runs
 from support.files import Refused
 from test_smoke import HERE
-from tools import gpu_day
+from tools import gpu_day, pieces
 from tools.gpu_day import Step
 
 def test_rehearsal(tmp_path):
@@ -42,11 +42,11 @@ def test_weights_come_back_in_pieces_and_are_joined(tmp_path, monkeypatch):
     torch.manual_seed(0)
     net = models.build('resnet18', 10, width=8)
     checkpoint.save_checkpoint(tmp_path / 'best.pt', net, epoch=3)
-    monkeypatch.setattr(gpu_day, 'PIECE', 300_000)
-    gpu_day.split(tmp_path / 'best.pt', tmp_path / 'back')
-    pieces = sorted(tmp_path.glob('back-*.pt'))
-    assert len(pieces) > 2 and all(path.stat().st_size <= 300_000 for path in pieces)
-    gpu_day.join(tmp_path / 'back')
+    monkeypatch.setattr(pieces, 'PIECE', 300_000)
+    pieces.split(tmp_path / 'best.pt', tmp_path / 'back')
+    written = sorted(tmp_path.glob('back-*.pt'))
+    assert len(written) > 2 and all(path.stat().st_size <= 300_000 for path in written)
+    pieces.join(tmp_path / 'back')
     joined, meta = checkpoint.load_checkpoint(tmp_path / 'back.pt')
     assert meta['epoch'] == 3
     for k, v in net.state_dict().items():
@@ -61,15 +61,15 @@ def test_weights_come_back_in_pieces_and_are_joined(tmp_path, monkeypatch):
         saved.append(path)
         save(path, content)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(gpu_day.files, 'save', killed)
-        gpu_day.split(tmp_path / 'best.pt', tmp_path / 'back')
+        patched.setattr(pieces.files, 'save', killed)
+        pieces.split(tmp_path / 'best.pt', tmp_path / 'back')
     assert checkpoint.read(tmp_path / 'back-1.pt')['epoch'] == 3            # so that they are split again
     with pytest.raises(Refused, match='of epoch 4, .*back-1.pt of 3'):
-        gpu_day.join(tmp_path / 'back')
+        pieces.join(tmp_path / 'back')
 
     torch.save(meta, tmp_path / 'whole-1.pt')
     with pytest.raises(Refused, match='whole-1.pt is no piece'):
-        gpu_day.join(tmp_path / 'whole')
+        pieces.join(tmp_path / 'whole')
 
 def run_with(rate):
     """The log of a run over 100 images, at 100 images a second and rate seconds an epoch."""
@@ -204,7 +204,7 @@ def test_in_the_background_of_a_script_a_step_that_is_cut_saves_all_the_same(tmp
     """There a shell has SIGINT ignored, by children of children, too."""
     script = f"""
 import signal, sys, time
-from tools import gpu_day
+from tools import gpu_day, pieces
 gpu_day.handle_signals()
 step = gpu_day.Step('a', '', 'a', 1)
 begun = time.monotonic()

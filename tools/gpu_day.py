@@ -28,12 +28,12 @@ from typing import NamedTuple
 
 import torch
 
-from support import checkpoint, files, refusals
+from support import files, refusals
 from support.evaluation import has_autoattack
 from support.files import Refused, atomic, say
+from tools import pieces
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-PIECE = 15_000_000                  # bytes
 
 # -----------------------------------------------------------------------------
 # what is done, in this order
@@ -191,39 +191,6 @@ def run(step, command, env, log, seconds):
 # -----------------------------------------------------------------------------
 # what comes back
 
-def split(path, start):
-    """The checkpoint's weights in half precision: start-1.pt, start-2.pt, ..., each at most PIECE bytes."""
-    known = checkpoint.read(path)
-    weights, pieces, room = known.pop('state_dict'), [{}], PIECE - 200_000
-    for name, value in weights.items():
-        value = value.half() if value.is_floating_point() else value
-        size = value.numel() * value.element_size()
-        if size > room:
-            pieces.append({})
-            room = PIECE - 200_000
-        room -= size
-        pieces[-1][name] = value
-    # the first, by which bring_back sees that all are there, is written last
-    for k, piece in reversed(list(enumerate(pieces, 1))):
-        meta = known if k == 1 else dict(epoch=known['epoch'])
-        files.save(f'{start}-{k}.pt', dict(meta, state_dict=piece, piece=k, pieces=len(pieces)))
-
-def join(start):
-    """start-1.pt and so on -> start.pt, a checkpoint in fp32. Raises Refused."""
-    first = checkpoint.read(f'{start}-1.pt')
-    if not isinstance(first, dict) or 'pieces' not in first:
-        raise Refused(f'{start}-1.pt is no piece that this tool has written')
-    for k in range(2, first.pop('pieces') + 1):
-        piece = checkpoint.read(f'{start}-{k}.pt')
-        if piece['epoch'] != first['epoch']:
-            raise Refused(f'{start}-{k}.pt is of epoch {piece["epoch"]}, {start}-1.pt of {first["epoch"]}')
-        first['state_dict'].update(piece['state_dict'])
-    del first['piece']
-    for name, value in first['state_dict'].items():
-        if value.is_floating_point():
-            first['state_dict'][name] = value.float()
-    files.save(f'{start}.pt', first)
-
 def bring_back(folder):
     """Everything small to folder/back; done after every step."""
     back = f'{folder}/back'
@@ -236,7 +203,7 @@ def bring_back(folder):
         path, start = f'{folder}/runs/{name}/best.pt', f'{back}/{name}'
         if os.path.exists(path) and (not os.path.exists(f'{start}-1.pt')
                                      or os.path.getmtime(f'{start}-1.pt') < os.path.getmtime(path)):
-            split(path, start)
+            pieces.split(path, start)
 
 # -----------------------------------------------------------------------------
 
@@ -390,7 +357,7 @@ if __name__ == '__main__':
     arg('--join', metavar='START', help='START-1.pt, START-2.pt, ... to START.pt, and nothing else')
     args = parser.parse_args()
     if args.join:
-        join(args.join)
+        pieces.join(args.join)
         sys.exit()
     if not args.minutes > 0 or args.now is not None and not args.now > 0:
         raise Refused('--minutes and --now: numbers above 0')
