@@ -132,12 +132,12 @@ def accuracy(predicted, y, classes):
                 confusion=counts if classes <= 100 else None,
                 robust=''.join('1' if r else '0' for r in right.tolist()))
 
-HEADER = (f"{'accuracy in percent':<28}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}"
+HEADER = (f"{'accuracy in percent':<33}{'all':>8}   {'95 % interval':>15}{'classes':>10}{'std':>8}"
           f"{'worst':>12}{'seconds':>10}")
 
 def line(name, *, accuracy, interval, per_class, class_mean, class_std, class_worst, seconds, **rest):
     """A summary under HEADER."""
-    return (f'{name:<28}{accuracy:8.2f}   {interval[0]:6.2f} - {interval[1]:6.2f}{class_mean:10.2f}'
+    return (f'{name:<33}{accuracy:8.2f}   {interval[0]:6.2f} - {interval[1]:6.2f}{class_mean:10.2f}'
             f'{class_std:8.2f}{per_class[class_worst]:8.2f} ({class_worst}){seconds:10.0f}')
 
 def write(path, report):
