@@ -101,7 +101,7 @@ def fingerprints(names=None):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     torch.Tensor.float = torch.Tensor.double       # what the scripts ask for in float32 as well
-    # two thirds of the time, and neither touches the training
+    # they take two thirds of the time, and are not what is compared
     validation.clean_and_pgd = lambda *args, **options: (50.0, 25.0, 1.0)
     describe.draw_curves = lambda *args: None
     found = {}
