@@ -6,10 +6,10 @@ $ python tests/fingerprints.py                          # print them, three numb
 $ python tests/fingerprints.py --json after.json        # ... and write them down
 $ python tests/fingerprints.py --compare before.json    # status 1 if one differs
 
-The numbers are projections of the weights, the means and the variances on fixed random directions, relative to
-their size. Everything is computed in float64: in float32 every processor and version of PyTorch rounds
-otherwise, where a gradient is next to zero a pixel then goes the other way, and after a few steps the numbers
-are up to 0.3 apart. In float64 instruction sets agree to 1e-11. On one thread, on `synthetic`.
+The numbers are projections of the weights, the means and the variances on fixed random directions, relative
+to their size. Everything is computed in float64, where instruction sets agree to 1e-11. In float32 every
+processor and version of PyTorch rounds otherwise, where a gradient is next to zero a pixel then goes the other
+way, and after a few steps the numbers are up to 0.3 apart. On one thread, on `synthetic`.
 """
 import argparse
 import contextlib
@@ -136,6 +136,7 @@ if __name__ == '__main__':
             print(f'{name:<20}', *(f'{group} {value:9.5f}' for group, value in f.items()), sep='  ')
     else:
         stored = json.loads(pathlib.Path(args.compare).read_text())
-        differ = [name for name in found if name not in stored or apart(found[name], stored[name]) > TOLERANCE]
+        differ = [name for name in found
+                  if name not in stored or apart(found[name], stored[name]) > TOLERANCE]
         print(f'{len(found) - len(differ)} the same, {len(differ)} differ', *differ)
         sys.exit(bool(differ))

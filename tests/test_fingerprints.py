@@ -1,5 +1,5 @@
-"""Every way of training still leaves in the weights and BN statistics what it did, on every processor. A change
-that is meant writes them anew: python tests/fingerprints.py --json tests/fingerprints.json"""
+"""Every way of training still leaves in the weights and BN statistics what it did, on every processor.
+A change that is meant writes them anew: python tests/fingerprints.py --json tests/fingerprints.json"""
 import json
 import pathlib
 import subprocess
