@@ -278,9 +278,9 @@ def epoch(d, batch_size, seed, epoch, *, first=0, share=slice(None), extra=None,
     unlabelled = image_batches(extra, n_extra, d.augment, own, seed, first=(epoch - 1) * steps * n_extra)
     for _ in range(first):
         next(unlabelled)
+    world, rank = share.step or 1, share.start or 0
     for _, (x, y), more in zip(range(first, steps), labelled, unlabelled):
         # counted from the other end, so that every process has as many images in all
-        world, rank = share.step or 1, share.start or 0
         more = more[world - 1 - rank::world]
         their_y = label(more) if label else y.new_full((len(more),), -1)
         yield torch.cat([x, more]), torch.cat([y, their_y])

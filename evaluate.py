@@ -43,10 +43,10 @@ refusals.one_line(parser)
 files.plain_output()
 parser.add_argument('checkpoint')
 
-arg = parser.add_argument_group('data and attack, pixels (0..255); default: as trained').add_argument
+arg = parser.add_argument_group('data and attack, pixels (0..255)').add_argument
 arg('--dataset', help=f'{" ".join(data.DATASETS)}, or the NAME of DIR/NAME.npz')
 arg('--data-dir', metavar='DIR')
-arg('--eps', type=float, help="radius (default: the dataset's, 8 for CIFAR; of L2 128, the usual 0.5)")
+arg('--eps', type=float, help="default: the training's or the dataset's, CIFAR's 8; of L2 128, the usual 0.5")
 arg('--step-size', type=float, help='default: eps / 4')
 arg('--norm', choices=['Linf', 'L2'])
 arg('--n', type=int, help='the first N test images (default: all)')
@@ -218,16 +218,17 @@ def attacked(name, restart, k, i):
     kept = x_adv.cpu() if args.save_adv and radius == eps else None
     return dict(predicted=classify(x_adv), moved=moved, broken=broken, warned=warned, x_adv=kept)
 
-def survivors(name, predicted, todo):
-    """Attacks the images todo, (n,) bool -> what all are taken for then, (n,), and the largest step taken."""
-    predicted, todo = predicted.clone(), todo.clone()
+def survivors(name, predicted, left):
+    """Attacks the images left, (n,) bool -> what all are taken for then, (n,), and the largest step taken. Of
+    all attacks together it keeps taken, x_worst, recount and aa_warnings, which begin below."""
+    predicted, left = predicted.clone(), left.clone()
     moved = 0.0
     counts = recount.setdefault(name, dict(attack=0, here=0))
     for restart in range(args.restarts if name in ('pgd', 'cw') else 1):
         attack = functools.partial(attacked, name, restart)
-        for i, batch in saved.batches(name, restart, todo, args.batch_size, attack):
+        for i, batch in saved.batches(name, restart, left, args.batch_size, attack):
             predicted[i] = batch['predicted']
-            todo[i] = predicted[i] == y_test[i]
+            left[i] = predicted[i] == y_test[i]
             moved = max(moved, batch['moved'])
 
             # the worst of all attacks within eps
@@ -240,7 +241,7 @@ def survivors(name, predicted, todo):
             # does AutoAttack say what is found here?
             if batch['broken'] is not None:
                 counts['attack'] += batch['broken']
-                counts['here'] += (~todo[i]).sum().item()
+                counts['here'] += (~left[i]).sum().item()
             aa_warnings.extend(w for w in batch['warned'] if w not in aa_warnings)
     return predicted, moved
 

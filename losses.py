@@ -64,14 +64,14 @@ def smooth(logits, y, *, smoothing=0.1):
     K = logits.shape[1]
     return (1 - smoothing) * F.one_hot(y, K).to(logits) + smoothing / K
 
-def adversarial(logits, y, *, smoothing=0.1):
+def adversarial_smoothing(logits, y, *, smoothing=0.1):
     """Goibert & Dohmatob 2019, "Adversarial Robustness via Label-Smoothing" (ALS): the least likely class
     gets what the right one loses; ties share it. It may be the right one itself."""
     z = logits.detach()
     least = (z == z.amin(1, keepdim=True)).to(z)
     return (1 - smoothing) * F.one_hot(y, z.shape[1]).to(z) + smoothing * least / least.sum(1, keepdim=True)
 
-TARGETS = {'smooth': smooth, 'als': adversarial}
+TARGETS = {'smooth': smooth, 'als': adversarial_smoothing}
 
 # -----------------------------------------------------------------------------
 # inner objectives: what the attack climbs. Of the names above they know y, logits and t_logits, which are
@@ -149,7 +149,7 @@ def als(logits, y, *, alpha=0.1):
     CE(p, (1 - alpha) y + alpha argmin p)
     They sweep alpha and name no default. --targets als is the same rule in any other loss. --recipe paper is
     Dallaire & David's; Goibert & Dohmatob take SGD without momentum, lr 1e-4, 50 epochs, batches of 100."""
-    return ce(logits, adversarial(logits, hard(y), smoothing=alpha))
+    return ce(logits, adversarial_smoothing(logits, hard(y), smoothing=alpha))
 
 def alp(logits, logits_adv, y, *, beta=0.5):
     """Kannan et al. 2018, "Adversarial Logit Pairing" (ALP).

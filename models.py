@@ -281,10 +281,10 @@ def bn_branch(net, name):
     ValueError for another name."""
     if name not in ('main', 'aux', None):
         raise ValueError(f"the branch is 'main' or 'aux', not {name!r}")
-    layers = [m for m in net.modules() if isinstance(m, DualBatchNorm2d)]
+    layers = [m for m in net.modules() if name and isinstance(m, DualBatchNorm2d)]
     before = [m.auxiliary for m in layers]
     for m in layers:
-        m.auxiliary = name == 'aux' if name else m.auxiliary
+        m.auxiliary = name == 'aux'
     try:
         yield
     finally:

@@ -7,7 +7,8 @@ $ torchrun --nproc-per-node 8 train_adv.py --loss trades --batch-size 1024 --lr 
 
 The defaults are the recipe of Al-Najjar et al., section 4: ResNet-18, SGD with Nesterov momentum 0.9, weight
 decay 5e-4, one cycle, cosine up to 0.2 and down to 0, 100 epochs, batch 128, PGD-10 at 8/255 with step 2/255,
-selection by PGD-20. support/ keeps a run alive; nothing of the training step is in it.
+selection by PGD-20. support/ keeps a run alive; of the training step it has what several processes and
+--compile need: ddp's means and BN, and speed.Folded.
 """
 import argparse
 import contextlib
@@ -154,7 +155,7 @@ if 'guide_logits' in wanted:
     shape.update(refusals.guide_shape(args))
     guide = checkpoint.build(args.guide_model or args.model, d, '--guide-model', **shape)
 
-networks, teachers = checkpoint.load_teachers(args, wanted, d, device)  # teachers: what is known of them
+networks, about_teachers = checkpoint.load_teachers(args, wanted, d, device)
 teacher, standard_teacher = networks.get('teacher'), networks.get('standard_teacher')
 if args.warm_start:
     checkpoint.warm_start(student, args, d)
@@ -165,13 +166,15 @@ refusals.awp(args.awp, student)
 averaged = checkpoint.copied(student) if args.ema or args.swa else None
 
 net, guide_net, teacher_net, standard_net = student, guide, teacher, standard_teacher
-# The speed block. Without it the results are the same, only slower. Checkpoints hold `student`, never `net`
+attacked_net = student
+# The speed block. Without it the results are the same up to rounding. Checkpoints hold `student`, never `net`
 if args.compile:
     torch._dynamo.config.recompile_limit = 64       # one graph per network and mode
     net, guide_net, teacher_net, standard_net = [
         f and torch.compile(f, dynamic=False) for f in (student, guide, teacher, standard_teacher)]
-folds = args.compile and args.attack_bn == 'eval' and speed.folding_pays(student, dtype, device)
-attacked_net = speed.Folded(student) if folds else net         # BN folded into the convolutions
+    attacked_net = net
+    if args.attack_bn == 'eval' and speed.folding_pays(student, dtype, device):
+        attacked_net = speed.Folded(student)        # BN folded into the convolutions
 
 # -----------------------------------------------------------------------------
 # optimiser and schedule
@@ -233,8 +236,9 @@ def craft(x, y):
 def student_logits(x, kind, moves_bn):
     """kind: 'nat' goes through the main BN, 'adv' through the auxiliary one, if there are two."""
     moves_bn = moves_bn and kind in args.bn_order.split('-')
-    with bn_branch(student, 'aux' if kind == 'adv' else 'main'), \
-            contextlib.nullcontext() if moves_bn else frozen_statistics(student):
+    branch = bn_branch(student, 'aux' if kind == 'adv' else 'main')
+    statistics = contextlib.nullcontext() if moves_bn else frozen_statistics(student)
+    with branch, statistics:
         return logits_of(net, x)
 
 def loss_on(x, x_adv, y, moves_bn=True):
@@ -341,13 +345,13 @@ def training_batches():
     return data.epoch(d, args.batch_size, args.seed, epoch, first=batch, share=my_share, extra=extra,
                       fraction=args.extra_fraction, label=pseudo_label if pseudo_labels else None)
 
-config = dict(vars(args), hparams=hp, teachers=teachers, pseudo_labels=pseudo_labels, processes=world,
+config = dict(vars(args), hparams=hp, teachers=about_teachers, pseudo_labels=pseudo_labels, processes=world,
               precision=str(dtype or torch.float32), code=checkpoint.code_of(student, guide),
               **data.facts(d, extra), **describe.environment(device))
 describe.summary(config, student, notes)
 with run.guarded():             # Ctrl-C, full disk, out of memory: what was saved holds
-    checkpoint.check_teachers(networks, teachers, args, d)
-    saved = run.begin(config, state)
+    checkpoint.check_teachers(networks, about_teachers, args, d)
+    saved = run.begin(config, state)        # of --resume: modules, optimiser and generators are loaded
     if saved:
         epoch, batch, step, best = (saved[k] for k in ('epoch', 'batch', 'step', 'best'))
         averages, step_losses = saved['averages'], list(torch.tensor(saved['step_losses'], device=device))
@@ -391,7 +395,7 @@ with run.guarded():             # Ctrl-C, full disk, out of memory: what was sav
         rule += f' on {len(d.y_val)} held-out training images'      # the test set takes no part
         run.row(epoch=epoch, lr=scheduler.get_last_lr()[0], loss=losses.mean().item(), val_clean=clean,
                 val_pgd20=robust, img_per_s=img_per_s, peak_gib=describe.peak_gib(device))
-        known = dict(epoch=epoch, val_clean=clean, val_pgd20=robust, **teachers)
+        known = dict(epoch=epoch, val_clean=clean, val_pgd20=robust, **about_teachers)
         if score >= best:                               # ties go to the later, more annealed epoch
             best = score
             run.save_model('best.pt', model, selected_by=rule, **known)

@@ -68,7 +68,7 @@ args = parser.parse_args()
 rank, world, device = ddp.init()
 shape = dict(width=args.width, activation=args.activation)
 refusals.optimisation(args, parser.get_default, world)
-refusals.model(args.model, **shape)
+refusals.model(args.model, normalize=args.normalize, **shape)
 args.out = args.out or describe.teacher_folder(args, parser.get_default)
 run = runs.Run(args)
 
@@ -124,7 +124,7 @@ def update(x, y):
 def validate(model):
     """Accuracy in percent and mean CE on the held-out training images; eager, without autocast."""
     model.eval()
-    sums = torch.zeros(2, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     for x, y in data.batches(d.x_val[rank::world], d.y_val[rank::world], data.at_once(500, d.x_val)):
         logits = model(x)
         sums[0] += (logits.argmax(1) == y).sum()

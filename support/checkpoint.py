@@ -55,6 +55,8 @@ def warm_start(student, args, d):
     """Load the weights that --warm-start names into student; an auxiliary BN that they lack starts as its
     twin. Raises Refused if they are of another network, or of one that normalises images otherwise."""
     path = args.teacher if args.warm_start == 'teacher' else args.warm_start
+    if path is None:                # --dry-run, and the teacher is not trained yet
+        return
     net = load_checkpoint(path, args.model, d.classes, width=args.width, channels=d.x_train.shape[-1])[0]
     weights, mine = net.state_dict(), student.state_dict()
     for key in mine:
@@ -206,9 +208,9 @@ def load_teachers(args, wanted, d, device):
     None it is set to the standard teacher, which is trained if need be; --dry-run trains none, and takes an
     untrained network to measure with."""
     roles = []
-    if 't_logits' in wanted or 't_logits_adv' in wanted:
+    if any(name.startswith('t_') for name in wanted):
         roles.append('teacher')
-    if 's_logits_adv' in wanted:
+    if any(name.startswith('s_') for name in wanted):
         roles.append('standard_teacher')
     networks, known = {}, {}
     for role in roles:

@@ -56,11 +56,11 @@ def seed(args, *flags):
         if value is not None and not 0 <= value < 2 ** 63:
             refuse(f'--{flag.replace("_", "-")} {value}: from 0 to 2^63 - 1')
 
-def model(name, flag='--model', **shape):
+def model(name, flag='--model', normalize=False, **shape):
     """Refuses what models.build cannot build; somebody else's FILE.py:FUNCTION is looked at when it is
     loaded."""
     if '.py:' in name:
-        shaped = any(shape.get(k) for k in ('width', 'mean', 'dual_bn'))
+        shaped = normalize or shape.get('width') or shape.get('dual_bn')
         if shaped or shape.get('activation', 'relu') != 'relu':
             refuse(f'{flag} {name} makes the whole network: leave out its width, --normalize, --activation, '
                    '--dual-bn')
@@ -156,7 +156,8 @@ def takes_soft_targets(method, hp):
         return False
     g = torch.Generator().manual_seed(0)
     values = {name: torch.randn(4, 10, generator=g) for name in needs(method.loss)}
-    values.update({'progress': 1.0} if 'progress' in values else {})
+    if 'progress' in values:
+        values['progress'] = 1.0
     y = torch.randint(10, (4,), generator=g)
     hard = method.loss(**dict(values, y=y), **hp)
     soft = method.loss(**dict(values, y=Softened(y, smooth)), **hp)
@@ -184,9 +185,11 @@ def training(args, method, hp, default, world=1):
     """Flags of train_adv.py that do not go together. hp: the hyper-parameters of method.loss. default(name):
     of a flag."""
     optimisation(args, default, world)
-    model(args.model, width=args.width, activation=args.activation, dual_bn=args.dual_bn)
+    model(args.model, normalize=args.normalize, width=args.width, activation=args.activation,
+          dual_bn=args.dual_bn)
     loss, asked = args.loss, asked_for(method)
     wants_teacher = any(name.startswith('t_') for name in asked)
+    wants_second = any(name.startswith('s_') for name in asked)
     labels_extra = bool(args.extra) and 'y' in asked                # by the teacher
     both = {'logits', 'logits_adv'} <= set(needs(method.loss))
 
@@ -206,18 +209,18 @@ def training(args, method, hp, default, world=1):
         unused(args, default, 'without --awp', 'awp_warmup')
     if not args.extra:
         unused(args, default, 'without --extra', 'extra_fraction')
-    if not (wants_teacher or labels_extra or 's_logits_adv' in asked):
+    if not (wants_teacher or labels_extra or wants_second):
         unused(args, default, f'with --loss {loss}, which has no teacher', 'teacher_model')
     if args.free:
         unused(args, default, 'with --free, which makes no PGD',
                'steps', 'step_size', 'step_schedule', 'init', 'attack_bn')
     if 'guide_logits' in asked:
-        model(args.guide_model or args.model, '--guide-model', **guide_shape(args))
+        model(args.guide_model or args.model, '--guide-model', args.normalize, **guide_shape(args))
 
     # teachers
     if args.teacher and not wants_teacher and not labels_extra:
         refuse(f'--loss {loss} takes no --teacher')
-    if args.standard_teacher and 's_logits_adv' not in asked:
+    if args.standard_teacher and not wants_second:
         refuse(f'--loss {loss} takes no --standard-teacher')
     if args.teacher_model and not (args.teacher or args.standard_teacher):
         refuse('--teacher-model is the architecture of the file that --teacher names: give both')
@@ -239,7 +242,8 @@ def training(args, method, hp, default, world=1):
     if args.free and (args.norm != 'Linf' or args.accumulate > 1):
         refuse('--free steps in Linf, and on whole batches')
 
-    if args.init == 'zero' and method.inner in (climb_kl, climb_mse) and not args.dual_bn:
+    one_bn = not args.dual_bn or args.craft_branch == 'main'        # for x and for x_adv
+    if args.init == 'zero' and method.inner in (climb_kl, climb_mse) and one_bn:
         refuse('--init zero: at x itself this attack has no gradient; --init normal starts beside it')
 
     # labels and images without them

@@ -26,7 +26,7 @@ def clean_and_pgd(model, x_val, y_val, *, eps, norm='Linf', branch=None, progres
     if progress:
         batches = progress(batches, 'validation', total=math.ceil(len(y_val) / batch_size))
 
-    sums = torch.zeros(3, device=y_val.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=y_val.device)
     with attack_mode(model), bn_branch(model, branch):
         for x, y in batches:
             def cross_entropy(x_adv):

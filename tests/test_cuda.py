@@ -125,7 +125,7 @@ def flags_of(loss, teacher):
     asked = losses.asked_for(METHODS[loss])
     flags = ['--loss', loss]
     flags += ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
-    return flags + (['--standard-teacher', teacher] if 's_logits_adv' in asked else [])
+    return flags + (['--standard-teacher', teacher] if any(name.startswith('s_') for name in asked) else [])
 
 @pytest.mark.parametrize('amp', HALVES)
 @pytest.mark.parametrize('loss', TRAINED)

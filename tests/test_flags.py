@@ -14,7 +14,7 @@ import torch
 import losses
 import models
 from losses import METHODS
-from support import describe, validation
+from support import checkpoint, describe, validation
 from support.files import Refused
 from test_options import train
 from test_smoke import HERE, run, teacher   # teacher: a fixture
@@ -63,6 +63,20 @@ def test_dry_run_times_one_batch_of_the_validation_and_can_be_stopped(tmp_path, 
         train(tmp_path / 'out', '--dry-run')
     assert not e.value.code and 'Nothing was written' in capsys.readouterr().out
     assert seen == [signal.SIG_DFL]                 # for one batch of the two
+
+def test_dry_run_of_a_warm_start_from_a_teacher_that_is_not_trained_yet(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as e:
+        train(tmp_path / 'out', '--warm-start', 'teacher', '--dry-run', loss='logit_mse')
+    assert not e.value.code and 'it would be trained first' in capsys.readouterr().out
+
+def test_a_new_input_of_a_teacher_is_enough_for_its_teacher(teacher, tmp_path):
+    script = train(tmp_path)
+    teachers = dict(teacher=str(teacher), standard_teacher=str(teacher))
+    args = argparse.Namespace(**dict(vars(script['args']), **teachers))
+    for name, role in [('t_logits_flip', 'teacher'), ('s_logits', 'standard_teacher')]:
+        networks, _ = checkpoint.load_teachers(args, {'logits', name}, script['d'], script['device'])
+        assert list(networks) == [role]
 
 def test_a_switch_that_is_on_by_default_can_be_turned_off(tmp_path, monkeypatch, capsys):
     def switched(logits_adv, y, *, soft=True, mode='a'):

@@ -80,7 +80,7 @@ def moved_by(live, dtype):
 def test_every_loss_takes_the_step_that_it_takes_in_fp32(loss, teacher, train):
     asked = losses.asked_for(METHODS[loss])
     flags = ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
-    flags += ['--standard-teacher', teacher] if 's_logits_adv' in asked else []
+    flags += ['--standard-teacher', teacher] if any(name.startswith('s_') for name in asked) else []
     live = train('--loss', loss, *flags)
     assert live['scaler'].is_enabled() and live['step'] == 2 and sound(live)
     fp16, value16 = moved_by(live, torch.float16)

@@ -344,7 +344,7 @@ def test_the_guide_of_lbgat_learns_and_is_not_the_student(tmp_path):
 def test_a_recipe_is_taken_and_explicit_flags_win(loss, teacher, tmp_path):
     asked = losses.asked_for(METHODS[loss])
     flags = ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
-    flags += ['--standard-teacher', teacher] if 's_logits_adv' in asked else []
+    flags += ['--standard-teacher', teacher] if any(name.startswith('s_') for name in asked) else []
     train(tmp_path, '--recipe', 'paper', *flags, loss=loss)
     config = json.loads((tmp_path / 'log.jsonl').read_text().splitlines()[0])
     for k, v in METHODS[loss].recipe.items():

@@ -87,7 +87,7 @@ def test_a_step_that_waits_is_found(folder, tmp_path, monkeypatch):
 def test_every_loss_on_a_pretended_gpu(loss, folder, tmp_path):
     asked, teacher = losses.asked_for(METHODS[loss]), folder / 'cpu' / 'last.pt'
     flags = ['--teacher', teacher] if any(name.startswith('t_') for name in asked) else []
-    flags += ['--standard-teacher', teacher] if 's_logits_adv' in asked else []
+    flags += ['--standard-teacher', teacher] if any(name.startswith('s_') for name in asked) else []
     assert not train(folder, tmp_path / 'run', '--loss', loss, *TINY, *flags)
 
 @pytest.mark.parametrize('flags', OPTIONS)

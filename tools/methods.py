@@ -17,7 +17,7 @@ def table():
         flags = ' '.join(f'`{as_flag(k, not v if isinstance(v, bool) else v)}`'   # of a switch the other way
                          for k, v in hparams(method.loss).items())
         names = asked_for(method)
-        teachers = [method.teacher, 's_logits_adv' in names and 'standard',
+        teachers = [method.teacher, any(n.startswith('s_') for n in names) and 'standard',
                     'guide_logits' in names and 'trains along']
         cells = (f'`{name}`', formula, climbs, flags or '-', 'y' if 'y' in names else '**none**',
                  ' + '.join(filter(None, teachers)) or '-', authors if title else '-')
